@@ -1,0 +1,133 @@
+"""The data that travels between modules: frozen records with a shape per field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+C = TypeVar("C", bound="Condition")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One step of a sigma grid, from `sigma` down to `sigma_next`.
+
+    `sigma_max` is the grid's second value: it stands in for sigma = 1 where a formula divides by 1 - sigma.
+    """
+
+    index: int
+    sigma: float
+    sigma_next: float
+    sigma_max: float
+
+    @property
+    def dt(self) -> float:
+        """sigma_next - sigma, negative."""
+        return self.sigma_next - self.sigma
+
+
+def intervals(sigmas: list[float]) -> tuple[Interval, ...]:
+    """The steps of a falling sigma grid of n + 1 values, as n intervals."""
+    if len(sigmas) < 2 or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+        raise ValueError(f"sigmas must fall and have at least two values, got {sigmas}")
+    return tuple(Interval(i, sigmas[i], sigmas[i + 1], sigmas[1]) for i in range(len(sigmas) - 1))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the network is told about each row of a batch; every field has the batch as its first dimension."""
+
+    prompt_embeds: Float[Tensor, "b n d"]
+    pooled_prompt_embeds: Float[Tensor, "b p"] | None = None
+    negative_prompt_embeds: Float[Tensor, "b n d"] | None = None
+    negative_pooled_prompt_embeds: Float[Tensor, "b p"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def rows(self: C, index: Int[Tensor, " k"]) -> C:
+        """The chosen rows, in the order given; a row may be chosen more than once."""
+        return self._map(lambda value: value[index.to(value.device)])
+
+    def to(self: C, device: torch.device | str) -> C:
+        """The same condition on another device."""
+        return self._map(lambda value: value.to(device))
+
+    def _map(self: C, function: Callable[[Tensor], Tensor]) -> C:
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if value is None else function(value) for name, value in held.items()}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stochastic step of a rollout, with all that its replay needs.
+
+    `parent[i]` is the row of `latents` that sample i stepped from: the samples of a fanned-out group share one row, and
+    so one network call.
+    """
+
+    interval: Interval
+    latents: Float[Tensor, "p ..."]
+    parent: Int[Tensor, " b"]
+    latents_next: Float[Tensor, "b ..."]
+    log_probs: Float[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A rollout's result: the last latents of every sample and the stochastic steps in order.
+
+    `path` holds the latents after every step from the start noise on, where they were asked for.
+    """
+
+    latents: Float[Tensor, "b ..."]
+    steps: tuple[Step, ...] = ()
+    path: tuple[Float[Tensor, "r ..."], ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A list of prompts, each with a record of its own (a reward's targets, a category); text need not be unique."""
+
+    text: tuple[str, ...]
+    metadata: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.text) != len(self.metadata):
+            raise ValueError(f"{len(self.text)} prompts but {len(self.metadata)} metadata records")
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def rows(self, index: list[int]) -> Prompts:
+        """The chosen prompts, in the order given."""
+        return Prompts(tuple(self.text[i] for i in index), tuple(self.metadata[i] for i in index))
+
+
+@dataclass(frozen=True)
+class Media:
+    """Images [b, 3, h, w] or videos [b, f, 3, h, w] in [0, 1]; videos carry their frames per second."""
+
+    pixels: Float[Tensor, "b *frames 3 h w"]
+    fps: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of a batch, higher is better. A score that could not be had is not `valid`; its value means nothing."""
+
+    total: Float[Tensor, " b"]
+    parts: dict[str, Float[Tensor, " b"]]
+    valid: Bool[Tensor, " b"]
+
+    def __len__(self) -> int:
+        return len(self.total)

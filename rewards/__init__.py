@@ -1,0 +1,1 @@
+"""The reward zoo: one contract, and a file per reward."""

@@ -1,0 +1,26 @@
+"""For all tests, before anything is imported: shapes and types checked at every call, one thread, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+install_import_hook(["flowalign", "rewards", "trainers"], "typecheck.check")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Own noise is keyed and needs no seed; this is for weights that a test draws at random."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,1 @@
+"""The trainers: the shared loop, and a file per method."""
