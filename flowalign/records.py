@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -68,15 +68,35 @@ class Condition:
 class Step:
     """One stochastic step of a rollout, with all that its replay needs.
 
-    `parent[i]` is the row of `latents` that sample i stepped from: the samples of a fanned-out group share one row, and
-    so one network call.
+    Where a group fans out, `latents` has one row for the whole group, and so one network call; its members' rows of
+    `latents_next` follow one another. Rows of `latents` all have the same number of members.
     """
 
     interval: Interval
-    latents: Float[Tensor, "p ..."]
-    parent: Int[Tensor, " b"]
-    latents_next: Float[Tensor, "b ..."]
+    latents: Float[Tensor, p * d]
+    latents_next: Float[Tensor, b * d]
     log_probs: Float[Tensor, " b"]
+
+    @property
+    def members(self) -> int:
+        """Samples per row of `latents`."""
+        return len(self.latents_next) // len(self.latents)
+
+    def rows(self, index: Int[Tensor, " k"]) -> Step:
+        """The chosen rows of `latents`, each with all its members."""
+        samples = expand_rows(index, self.members)
+        return Step(self.interval, self.latents[index], self.latents_next[samples], self.log_probs[samples])
+
+
+def expand_rows(index: Int[Tensor, " k"], members: int) -> Int[Tensor, " b"]:
+    """The sample rows of the chosen parents: r becomes r * members ... (r + 1) * members - 1."""
+    return (index[:, None] * members + torch.arange(members, device=index.device)).flatten()
+
+
+def join_steps(steps: Sequence[Step]) -> Step:
+    """One step out of several of the same interval, rows in order."""
+    fields_of = zip(*((step.latents, step.latents_next, step.log_probs) for step in steps), strict=True)
+    return Step(steps[0].interval, *(torch.cat(values) for values in fields_of))
 
 
 @dataclass(frozen=True)
@@ -86,9 +106,9 @@ class Trajectory:
     `path` holds the latents after every step from the start noise on, where they were asked for.
     """
 
-    latents: Float[Tensor, "b ..."]
+    latents: Float[Tensor, b * d]
     steps: tuple[Step, ...] = ()
-    path: tuple[Float[Tensor, "r ..."], ...] = ()
+    path: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

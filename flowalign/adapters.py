@@ -1,0 +1,118 @@
+"""LoRA through peft: a policy to train, and the reference it is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+POLICY = "policy"
+START = "start"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank policy; Flow-GRPO's settings are the defaults.
+
+    Args:
+        rank, alpha: the update is alpha / rank times B A.
+        targets: suffixes of the modules to adapt; None for the model family's own.
+        start: a folder or file of LoRA weights to go on from; rank and alpha are then that file's.
+        reference: what `Model.reference()` is. "base": no adapter. "start": a frozen copy of the policy as it started,
+            for a policy that goes on from another LoRA and should stay near it.
+    """
+
+    rank: int = 32
+    alpha: int = 64
+    targets: tuple[str, ...] | None = None
+    start: str | None = None
+    reference: Literal["base", "start"] = "base"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha < 1:
+            raise ValueError(f"LoRA rank and alpha must be at least 1, got {self.rank} and {self.alpha}")
+
+
+def add_policy(pipeline: Any, network: nn.Module, lora: LoRA, family_targets: tuple[str, ...], seed: int = 0) -> None:
+    """Freeze the network and give it a trainable adapter, A gaussian and B zero, or that of `lora.start`.
+
+    Raises: ValueError where a target names no module, or `lora.start` holds no LoRA.
+    """
+    network.requires_grad_(False)
+    if lora.start is not None:
+        _load(pipeline, lora.start, POLICY)
+        if lora.reference == "start":
+            _load(pipeline, lora.start, START)
+    else:
+        targets = lora.targets or family_targets
+        _check_targets(network, targets)
+        config = LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=list(targets)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network.add_adapter(config, adapter_name=POLICY)  # type: ignore[operator]
+    network.set_adapter(POLICY)  # type: ignore[operator]
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(f".{POLICY}." in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _check_targets(network: nn.Module, targets: tuple[str, ...]) -> None:
+    names = [name for name, _ in network.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(f"LoRA target {target!r} names no module of {type(network).__name__}")
+
+
+def _load(pipeline: Any, path: str, name: str) -> None:
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist: LoRA.start is a folder or file of LoRA weights")
+    pipeline.load_lora_weights(path, adapter_name=name)
+
+
+def policy_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name, in the network's order."""
+    return {name: p for name, p in network.named_parameters() if f".{POLICY}." in name}
+
+
+@contextmanager
+def as_reference(network: nn.Module, reference: Literal["base", "start"]) -> Iterator[None]:
+    """While entered, the network runs without the policy's adapter, or with the frozen copy of its start."""
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    trained = policy_parameters(network)
+    for layer in layers:
+        if reference == "base":
+            layer.enable_adapters(False)
+        else:
+            layer.set_adapter([START])
+    try:
+        yield
+    finally:
+        for layer in layers:
+            if reference == "base":
+                layer.enable_adapters(True)
+            else:
+                layer.set_adapter([POLICY])
+        for name, parameter in network.named_parameters():  # peft's set_adapter flips requires_grad
+            parameter.requires_grad_(name in trained)
+
+
+def save_policy(pipeline: Any, network: nn.Module, folder: Path) -> None:
+    """Write the adapter as diffusers' `load_lora_weights` reads it, rank and alpha in its metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config: Any = network.peft_config[POLICY]  # type: ignore[index]
+    weights = get_peft_model_state_dict(network, adapter_name=POLICY)
+    pipeline.save_lora_weights(
+        str(folder),
+        transformer_lora_layers={name: value.detach().cpu().contiguous() for name, value in weights.items()},
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )

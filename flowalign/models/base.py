@@ -1,0 +1,88 @@
+"""What every model is to the rest of the library: a velocity field that speaks rectified flow, with a policy to train.
+
+x_sigma = (1 - sigma) x_0 + sigma eps,   velocity = eps - x_0,   sigma falls from 1 (noise) to 0 (data)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flowalign.records import Condition
+
+Latents = Float[Tensor, "b *d"]
+
+
+class Model(ABC):
+    """A generator with a policy. Latents are float32 [b, *latent_shape]; so are velocities."""
+
+    latent_shape: tuple[int, ...]
+    device: torch.device
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """One row per prompt, in order; equal prompts are encoded once in the model's life."""
+
+    @abstractmethod
+    def sigmas(self, steps: int) -> list[float]:
+        """The grid of `steps` steps, steps + 1 values, that the pipeline itself would sample on."""
+
+    @abstractmethod
+    def network(self, latents: Latents, sigma: float, condition: Condition, negative: bool) -> Latents:
+        """One call of the network as a velocity in float32, told the prompt or, if `negative`, the negative prompt."""
+
+    @abstractmethod
+    def network_doubled(self, latents: Latents, sigma: float, condition: Condition) -> tuple[Latents, Latents]:
+        """The conditional and the unconditional velocity from one call of twice the batch."""
+
+    @abstractmethod
+    def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
+        """Pictures in [0, 1], differentiable in the latents."""
+
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The policy's parameters by name, in a fixed order."""
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """While entered, the network is the reference: the policy's adapter off, or a frozen copy of its start."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the policy's weights in the layout that the plain pipeline loads."""
+
+    def velocity(self, latents: Latents, sigma: float, condition: Condition, guidance_scale: float = 1.0) -> Latents:
+        """The guided velocity v_u + w (v_c - v_u), from one call of twice the batch; one plain call at w = 1.
+
+        Classifier-free guidance (arXiv:2207.12598). For what is not replayed: `velocity_split` is the replayed one.
+        """
+        if guidance_scale == 1.0:
+            return self.network(latents, sigma, condition, negative=False)
+        conditional, unconditional = self.network_doubled(latents, sigma, condition)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def velocity_split(
+        self,
+        latents: Latents,
+        sigma: float,
+        condition: Condition,
+        guidance_scale: float = 1.0,
+        unconditional_grad: bool = False,
+    ) -> Latents:
+        """The same velocity from two calls of the batch's own shape, the unconditional one without gradient.
+
+        A rollout that is replayed with gradient must make the calls that the replay makes, or rounding alone moves the
+        ratio. Flow-GRPO's authors detach the unconditional half too; Flow-Factory does not (`unconditional_grad`).
+        """
+        conditional = self.network(latents, sigma, condition, negative=False)
+        if guidance_scale == 1.0:
+            return conditional
+        with torch.set_grad_enabled(unconditional_grad and torch.is_grad_enabled()):
+            unconditional = self.network(latents, sigma, condition, negative=True)
+        return unconditional + guidance_scale * (conditional - unconditional)

@@ -1,0 +1,141 @@
+"""The one sampling loop. Trainers, evaluation and search all sample through `rollout`; nothing else steps latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flowalign.models.base import Model
+from flowalign.records import Condition, Step, Trajectory, intervals
+from flowalign.schedules import Path
+from flowalign.transitions import ODE, Reduce, Transition, gaussian_log_prob, mean_of_elements
+
+Latents = Float[Tensor, "b *d"]
+LogProb = Callable[[Tensor, Tensor, float, Reduce], Tensor]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a step's density is taken; a rollout and its replay must share it.
+
+    guidance_scale: classifier-free guidance, 1 for none.
+    log_prob, reduce: see `flowalign.transitions`.
+    unconditional_grad: whether a replay's gradient also runs through the unconditional half.
+    """
+
+    guidance_scale: float = 1.0
+    log_prob: LogProb = gaussian_log_prob
+    reduce: Reduce = mean_of_elements
+    unconditional_grad: bool = False
+
+
+@torch.no_grad()
+def rollout(
+    model: Model,
+    condition: Condition,
+    start_noise: Latents,
+    sigmas: list[float],
+    path: Path,
+    policy: Policy = Policy(),
+    step_noise: Callable[[int], Latents] | None = None,
+    members: int = 1,
+    rows_per_call: int | None = None,
+    keep_path: bool = False,
+) -> Trajectory:
+    """Samples from start noise, step by step along a path, and keeps what a replay of its stochastic steps needs.
+
+    Rows are contiguous by parent: where a path branches, row r becomes rows r * members ... (r + 1) * members - 1.
+
+    Args:
+        condition: one row for each row of `start_noise`.
+        start_noise: float32 at sigmas[0]; one row per sample, or one per group where the path branches.
+        step_noise: the noise of step i, one row per sample; needed where the path has stochastic steps.
+        members: samples per row after the branch; 1 where the path does not branch.
+        rows_per_call: the most rows in a network call of a deterministic step, which no one replays; None for all.
+        keep_path: keep the latents after every step too.
+
+    Raises: ValueError where the path's length is not the grid's, or stochastic steps have no noise.
+    """
+    grid = intervals(sigmas)
+    if len(path.transitions) != len(grid):
+        raise ValueError(f"the path has {len(path.transitions)} steps and the sigma grid {len(grid)}")
+    if path.stochastic and step_noise is None:
+        raise ValueError(f"steps {list(path.stochastic)} are stochastic and need step_noise")
+    if path.branch is None and members != 1:
+        raise ValueError(f"a path without a branch has one sample per row, not {members}")
+    latents, steps, visited = start_noise.float(), [], [start_noise.float()]
+    for interval, transition in zip(grid, path.transitions, strict=True):
+        if isinstance(transition, ODE):
+            velocity = _in_calls(model, latents, interval.sigma, condition, policy.guidance_scale, rows_per_call)
+            latents, _ = transition(latents, velocity, interval)
+        else:
+            assert step_noise is not None
+            parted = members if path.branch == interval.index else 1
+            velocity = model.velocity_split(latents, interval.sigma, condition, policy.guidance_scale)
+            mean, std = transition(latents, velocity, interval)
+            mean = mean.repeat_interleave(parted, 0)
+            latents_next = mean + std * step_noise(interval.index).to(mean.device)
+            log_probs = policy.log_prob(latents_next, mean, std, policy.reduce)
+            steps.append(Step(interval, latents, latents_next, log_probs))
+            condition = (
+                condition.rows(torch.arange(len(latents)).repeat_interleave(parted)) if parted > 1 else condition
+            )
+            latents = latents_next
+        visited.append(latents)
+    return Trajectory(latents, tuple(steps), tuple(visited) if keep_path else ())
+
+
+@torch.no_grad()
+def resume(
+    model: Model,
+    condition: Condition,
+    latents: Latents,
+    sigma: float,
+    sigmas: list[float],
+    policy: Policy = Policy(),
+    rows_per_call: int | None = None,
+) -> Latents:
+    """The ODE from latents at `sigma` to the end, along the points of the grid that lie below it; returns x_0."""
+    grid = [sigma] + [point for point in sigmas if point < sigma]
+    path = Path((ODE(),) * (len(grid) - 1))
+    return rollout(model, condition, latents, grid, path, policy, rows_per_call=rows_per_call).latents
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A stored step under the present policy: one row per sample, with gradient; `std` is the step's own."""
+
+    log_probs: Float[Tensor, " b"]
+    mean: Latents
+    velocity: Latents
+    std: float
+
+
+def replay(model: Model, step: Step, transition: Transition, condition: Condition, policy: Policy) -> Replay:
+    """Log-probabilities of a stored step under the present policy, by the rollout's own calls.
+
+    On the policy that made the rollout, and in batches of its shape, they equal the stored ones bit for bit.
+
+    Args:
+        condition: one row for each row of `step.latents`.
+    """
+    velocity = model.velocity_split(
+        step.latents, step.interval.sigma, condition, policy.guidance_scale, policy.unconditional_grad
+    )
+    mean, std = transition(step.latents, velocity, step.interval)
+    mean, velocity = (value.repeat_interleave(step.members, 0) for value in (mean, velocity))
+    return Replay(policy.log_prob(step.latents_next, mean, std, policy.reduce), mean, velocity, std)
+
+
+def _in_calls(
+    model: Model, latents: Latents, sigma: float, condition: Condition, guidance_scale: float, rows: int | None
+) -> Latents:
+    if rows is None or len(latents) <= rows:
+        return model.velocity(latents, sigma, condition, guidance_scale)
+    index: Int[Tensor, " b"] = torch.arange(len(latents))
+    parts = [model.velocity(latents[at], sigma, condition.rows(at), guidance_scale) for at in index.split(rows)]
+    return torch.cat(parts)
