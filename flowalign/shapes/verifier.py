@@ -1,8 +1,8 @@
 """An honest judge of pictures of shapes: it reads pixels only, and never the scene that a picture was drawn from.
 
-Pixels are told from the background and from one another by the signs of (channel - grey); connected pixels of one colour
-make an object; its bounding box, resampled to 8 x 8, is compared with the four shapes. Then every clause of the caption
-is checked: the objects that it names, their counts and sizes, the relation between them, and that nothing else is there.
+Pixels are told from the background and from one another by the signs of (channel - grey); connected pixels of one
+colour make an object; its bounding box, resampled to 8 x 8, is compared with the four shapes. Then every clause of the
+caption is checked: the objects that it names, their counts and sizes, the relation, and that nothing else is there.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _templates() -> Float[np.ndarray, "sizes shapes cells"]:
     average = []
     for least, most in ((3.4, 4.4), (4.4, 6.8)):
         for shape in SHAPES:
-            spots = [Placed("black", shape, *rng.uniform(15, 17, 2), rng.uniform(least, most)) for _ in range(200)]
-            contrast = np.stack([draw([spot]) for spot in spots]) / 255 - GREY
+            spots = zip(*rng.uniform(15, 17, (2, 200)), rng.uniform(least, most, 200), strict=True)
+            contrast = np.stack([draw([Placed("black", shape, *spot)]) for spot in spots]) / 255 - GREY
             average.append(_cut_out(contrast)[1].mean(0))
     return np.stack(average).reshape(2, len(SHAPES), -1)
 
