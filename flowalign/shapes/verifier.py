@@ -22,13 +22,15 @@ from flowalign.shapes.scenes import COLORS, GREY, RELATIONS, SHAPES, Group, Plac
 LEAST_CONTRAST = 0.16  # of every channel against grey, for a pixel to belong to an object; about half an object's own
 LEAST_AREA = 10  # pixels; the smallest object has 20, and the specks of a decoder are smaller
 LEAST_AGREEMENT = 0.78  # share of the 8 x 8 cells that must match a shape
+LARGEST = 16.0  # pixels of extent; the largest object has 13.6 and covers 15 of them, and the background is no object
 SIZE_BOUNDARY = 10.0  # pixels of extent between small (at most 8.4) and large (at least 11.6)
+TEMPLATE_BOUNDARIES = (7.3, 8.8)  # pixels of extent between templates: boxes of up to 7 x 7, then of small objects
 CELLS = 8
 
 
 @dataclass(frozen=True)
 class Detected:
-    """An object found in a picture: "unknown" where its outline is no shape's; extent and centre in pixels.
+    """An object found in a picture: "unknown" where its outline is no shape's or too large; extent, centre in pixels.
 
     `agreement` is the share of cells that match each shape, in the order of `SHAPES`.
     """
@@ -43,19 +45,25 @@ class Detected:
 
 @cache
 def _templates() -> Float[np.ndarray, "sizes shapes cells"]:
-    """What each shape's bounding box looks like in 8 x 8 cells, for small objects and for larger ones.
+    """What each shape's bounding box looks like in 8 x 8 cells, for boxes of three sizes.
 
     Averages over sizes and sub-pixel places, drawn and cut out as any picture is: a circle of seven pixels is nearly a
     square, and what pixels do to its corners is in its template.
     """
     rng = np.random.default_rng(0)
-    average = []
-    for least, most in ((3.4, 4.4), (4.4, 6.8)):
-        for shape in SHAPES:
-            spots = zip(*rng.uniform(15, 17, (2, 200)), rng.uniform(least, most, 200), strict=True)
-            contrast = np.stack([draw([Placed("black", shape, *spot)]) for spot in spots]) / 255 - GREY
-            average.append(_cut_out(contrast)[1].mean(0))
-    return np.stack(average).reshape(2, len(SHAPES), -1)
+    average = np.zeros((len(TEMPLATE_BOUNDARIES) + 1, len(SHAPES), CELLS**2))
+    for i, shape in enumerate(SHAPES):
+        radii = np.concatenate([rng.uniform(3.4, 4.4, 240), rng.uniform(4.4, 6.8, 240)])
+        spots = zip(*rng.uniform(15, 17, (2, len(radii))), radii, strict=True)
+        contrast = np.stack([draw([Placed("black", shape, *spot)]) for spot in spots]) / 255 - GREY
+        boxes, cells = _cut_out(contrast)
+        size = _template_of(_extent(boxes))
+        average[:, i] = [cells[size == k].mean(0) for k in range(len(average))]
+    return average
+
+
+def _template_of(extent: Float[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
+    return np.searchsorted(TEMPLATE_BOUNDARIES, extent)
 
 
 @cache
@@ -75,15 +83,19 @@ class _Boxes:
     right: Int[np.ndarray, " k"]
 
 
+def _extent(boxes: _Boxes) -> Float[np.ndarray, " k"]:
+    return np.sqrt((boxes.bottom - boxes.top) * (boxes.right - boxes.left))
+
+
 def detect(pixels: Float[Tensor, "b 3 h w"]) -> list[list[Detected]]:
     """The objects of each picture in [0, 1], largest first."""
     boxes, cells = _cut_out(pixels.detach().float().cpu().numpy() - GREY)
-    extent = np.sqrt((boxes.bottom - boxes.top) * (boxes.right - boxes.left))
-    agreement = 1 - np.abs(cells[:, None] - _templates()[(extent > 8.8).astype(int)]).mean(2)
+    extent = _extent(boxes)
+    agreement = 1 - np.abs(cells[:, None] - _templates()[_template_of(extent)]).mean(2)
     found: list[list[Detected]] = [[] for _ in range(len(pixels))]
     for i, picture in enumerate(boxes.picture):
         height, width = int(boxes.bottom[i] - boxes.top[i]), int(boxes.right[i] - boxes.left[i])
-        regular = 0.7 <= width / height <= 1.43 and agreement[i].max() >= LEAST_AGREEMENT
+        regular = 0.7 <= width / height <= 1.43 and extent[i] <= LARGEST and agreement[i].max() >= LEAST_AGREEMENT
         found[picture].append(
             Detected(
                 _color_codes()[int(boxes.code[i])],
