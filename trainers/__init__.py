@@ -1,1 +1,10 @@
 """The trainers: the shared loop, and a file per method."""
+
+from __future__ import annotations
+
+from trainers.batch import Sampling
+from trainers.evaluation import Evaluation
+from trainers.flow_grpo import FlowGRPO
+from trainers.optim import Optimizer
+
+__all__ = ["Evaluation", "FlowGRPO", "Optimizer", "Sampling"]

@@ -24,6 +24,7 @@ class Model(ABC):
 
     latent_shape: tuple[int, ...]
     device: torch.device
+    scale_loss: bool = False  # gradients pass through fp16, whose small numbers vanish unless scaled up
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:

@@ -45,6 +45,7 @@ class SD3(Model):
         grid: None for the scheduler's own table, as the pipeline samples by default; or a function of the number of
             steps whose sigmas are handed to the scheduler, as the pipeline's own `sigmas` argument, and shifted by it.
         mixed_precision: of the network's calls. The policy stays float32, and so do latents and velocities.
+        decode_precision: of the VAE when it decodes.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         compile: `torch.compile` the transformer.
         device: None for the pipeline's own device where it was moved, else CUDA if there is one.
@@ -61,6 +62,7 @@ class SD3(Model):
         negative_prompt: str = "",
         grid: Callable[[int], list[float]] | None = None,
         mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+        decode_precision: Literal["no", "fp16", "bf16"] = "no",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         device: str | None = None,
@@ -76,9 +78,10 @@ class SD3(Model):
         if self.pipeline.text_encoder_3 is not None:
             self.pipeline.text_encoder_3.requires_grad_(False).eval()
         self.transformer.eval()
-        self._autocast = DTYPES.get(mixed_precision)
+        self._autocast, self._decode_autocast = DTYPES.get(mixed_precision), DTYPES.get(decode_precision)
         if self._autocast is not None:  # autocast would cast frozen weights anew at every call
-            self.transformer.to(self._autocast)
+            nn.Module.to(self.transformer, self._autocast)  # diffusers' own `to` warns that nothing is kept float32
+        self.scale_loss = mixed_precision == "fp16"
         self.lora = lora
         add_policy(self.pipeline, self.transformer, lora, TARGETS)
         if gradient_checkpointing:
@@ -159,7 +162,7 @@ class SD3(Model):
     def _velocity(self, latents: Latents, sigma: float, embeds: Tensor, pooled: Tensor) -> Latents:
         dtype = self._autocast or self.pipeline.transformer.dtype
         scale = self.pipeline.scheduler.config.num_train_timesteps
-        with self._precision():
+        with self._precision(self._autocast):
             velocity = self._call(
                 hidden_states=latents.to(self.device, dtype),
                 timestep=torch.full((len(latents),), sigma * scale, device=self.device, dtype=torch.float32),
@@ -169,13 +172,15 @@ class SD3(Model):
             )[0]
         return velocity.float()
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
+    def _precision(self, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
 
     def decode(self, latents: Latents) -> Float[Tensor, "b 3 h w"]:
         vae = self.pipeline.vae
         scaled = latents.to(self.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        with self._precision(self._decode_autocast):
+            decoded = vae.decode(scaled, return_dict=False)[0]
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return policy_parameters(self.transformer)

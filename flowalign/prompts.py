@@ -1,0 +1,65 @@
+"""Prompt data, and which prompts an epoch's groups take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowalign.randomness import key_generator
+from flowalign.records import Prompts
+
+
+def as_prompts(prompts: Prompts | Sequence[str] | str) -> Prompts:
+    """Prompts from a list of texts, or from a file: one prompt a line, or JSON lines with "prompt" and metadata.
+
+    Raises: ValueError for no prompts, or an empty or unreadable one, named by file and line.
+    """
+    if isinstance(prompts, str):
+        prompts = _read(Path(prompts))
+    if not isinstance(prompts, Prompts):
+        prompts = Prompts(tuple(prompts), tuple({} for _ in prompts))
+    if not len(prompts):
+        raise ValueError("prompts is empty: training needs at least one prompt")
+    for i, text in enumerate(prompts.text):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"prompt {i} is empty: {text!r}")
+    return prompts
+
+
+def _read(path: Path) -> Prompts:
+    if not path.is_file():
+        raise ValueError(f"prompts: {path} is not a file; give a .txt or .jsonl file or a list of prompts")
+    lines = [(number, line) for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1) if line.strip()]
+    if path.suffix != ".jsonl":
+        return Prompts(tuple(line.strip() for _, line in lines), tuple({} for _ in lines))
+    rows = [_row(path, number, line) for number, line in lines]
+    return Prompts(tuple(row.pop("prompt") for row in rows), tuple(rows))
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{path}:{number}: a line must be an object with a text under "prompt"')
+    return row
+
+
+def epoch_prompts(total: int, groups: int, epoch: int, seed: int) -> list[int]:
+    """The prompt of each of an epoch's groups: every prompt once before any comes again, in an order drawn per pass.
+
+    A function of its arguments alone, so that resuming needs no cursor and nothing is skipped.
+    """
+    counters = range(epoch * groups, (epoch + 1) * groups)
+    return [int(_order(total, n // total, seed)[n % total]) for n in counters]
+
+
+@lru_cache(maxsize=4)
+def _order(total: int, number: int, seed: int) -> np.ndarray:
+    return key_generator(seed, "prompt_order", number).permutation(total)

@@ -1,0 +1,102 @@
+"""An epoch's samples: how they are drawn, and what an update needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flowalign.records import Scores, Step
+from flowalign.schedules import Path, Plan
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an epoch's samples are drawn.
+
+    groups: prompts in an epoch. group_size: samples of each.
+    batch_size: rows of a network call that is trained on: samples, or whole groups where the plan fans a group out.
+    rows_per_call: most rows of a call that is not trained on, and of a decode.
+    steps, guidance_scale, plan: of the rollout.
+    """
+
+    plan: Plan
+    groups: int = 48
+    group_size: int = 24
+    batch_size: int = 8
+    rows_per_call: int = 64
+    steps: int = 10
+    guidance_scale: float = 4.5
+
+    def __post_init__(self) -> None:
+        for name in ("groups", "group_size", "batch_size", "rows_per_call", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name} must be at least 1, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError("sampling.group_size must be at least 2: an advantage compares the samples of a group")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an epoch's update needs. A row is what one row of a trained network call holds: a sample, or a group.
+
+    texts: the prompt of each row. steps: all rows of every stochastic step. Scores and advantages are per sample,
+    samples contiguous by row; weights are 0 for samples without a valid score.
+    """
+
+    path: Path
+    texts: tuple[str, ...]
+    steps: tuple[Step, ...]
+    scores: Scores
+    group_ids: Int[Tensor, " b"]
+    advantages: Float[Tensor, b * t]
+    weights: Float[Tensor, " b"]
+
+
+@dataclass
+class State:
+    """All that a run has become: whatever is not here can be computed again from the config."""
+
+    epoch: int = 0
+    updates: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Scores of several batches as one."""
+    names = parts[0].parts
+    return Scores(
+        torch.cat([part.total for part in parts]),
+        {name: torch.cat([part.parts[name] for part in parts]) for name in names},
+        torch.cat([part.valid for part in parts]),
+    )
+
+
+def detached(scores: Scores) -> Scores:
+    """The same scores on the CPU in float32, without their graph."""
+    parts = {name: value.detach().float().cpu() for name, value in scores.parts.items()}
+    return Scores(scores.total.detach().float().cpu(), parts, scores.valid.cpu())
+
+
+def valid_rows(scores: Scores) -> Scores:
+    """The valid scores only."""
+    known = scores.valid
+    return Scores(scores.total[known], {k: v[known] for k, v in scores.parts.items()}, scores.valid[known])
+
+
+def summary(batch: Batch) -> dict[str, float]:
+    """What to log of an epoch's scores: means of the valid ones, spread within groups, groups with nothing to learn."""
+    known = valid_rows(batch.scores)
+    groups = batch.scores.total.view(len(batch.group_ids.unique()), -1)
+    return {
+        "reward": known.total.mean().item(),
+        "reward_std_in_group": groups.std(1).mean().item(),
+        "equal_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
+        "invalid": float((~batch.scores.valid).sum()),
+        **{f"reward/{name}": value.mean().item() for name, value in known.parts.items()},
+    }

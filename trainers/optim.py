@@ -1,0 +1,131 @@
+"""The policy's optimizer: AdamW with warm-up, gradient clipping, loss scaling under fp16, and an average of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.distributed import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Flow-GRPO's settings (arXiv:2505.05470) are the defaults.
+
+    warmup: optimizer steps over which the learning rate rises linearly from 0.
+    decay: optimizer steps after the warm-up over which it falls linearly to 0; 0 for never.
+    max_grad_norm: the global norm that gradients are clipped to.
+    ema_decay, ema_every: every `ema_every` optimizer steps the averaged weights move by 1 - min((1 + n) / (10 + n),
+        ema_decay) towards the policy's, n the number of optimizer steps so far; evaluation and saving take the average.
+        0 for no average.
+    eight_bit: bitsandbytes' AdamW8bit (CUDA; the extra [eightbit]).
+    """
+
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    eps: float = 1e-8
+    warmup: int = 0
+    decay: int = 0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9
+    ema_every: int = 8
+    eight_bit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
+            raise ValueError("optimizer.learning_rate and optimizer.max_grad_norm must be positive")
+        if self.warmup < 0 or self.decay < 0:
+            raise ValueError("optimizer.warmup and optimizer.decay must be at least 0")
+        if not 0 <= self.ema_decay < 1 or self.ema_every < 1:
+            raise ValueError(
+                f"optimizer.ema_decay must lie in [0, 1), got {self.ema_decay}, and ema_every be at least 1"
+            )
+
+
+class PolicyOptimizer:
+    """An optimizer over the policy's parameters, which keeps their average beside them."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], settings: Optimizer, fp16: bool = False) -> None:
+        self.parameters, self.settings, self.steps = parameters, settings, 0
+        values = list(parameters.values())
+        if not values:
+            raise ValueError("the model has no trainable parameters")
+        self._device = values[0].device
+        self.adamw = _adamw(values, settings)
+        self.average = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
+        self.scaler = torch.amp.GradScaler(self._device.type, enabled=fp16)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        settings, rate = self.settings, self.settings.learning_rate
+        if self.steps < settings.warmup:
+            return rate * (self.steps + 1) / settings.warmup
+        left = 1 - (self.steps - settings.warmup) / settings.decay if settings.decay else 1.0
+        return rate * max(left, 0.0)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient to what is there."""
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> float:
+        """Sum gradients over processes, clip, step, average; returns the gradient's norm before clipping."""
+        values = list(self.parameters.values())
+        for value in values:  # a micro-batch with nothing to learn made none, on this process or at all
+            value.grad = torch.zeros_like(value) if value.grad is None else value.grad
+        self.scaler.unscale_(self.adamw)
+        sum_over_ranks(value.grad for value in values if value.grad is not None)
+        norm = nn.utils.clip_grad_norm_(values, self.settings.max_grad_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.learning_rate
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
+        self.steps += 1
+        if self.average is not None and self.steps % self.settings.ema_every == 0:
+            decay = min((1 + self.steps) / (10 + self.steps), self.settings.ema_decay)
+            for name, value in self.parameters.items():
+                self.average[name].lerp_(value.detach(), 1 - decay)
+        return float(norm)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While entered, the policy's weights are their average."""
+        if self.average is None:
+            yield
+            return
+        kept = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self._set(self.average)
+        try:
+            yield
+        finally:
+            self._set(kept)
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, value in self.parameters.items():
+            value.copy_(values[name])
+
+
+def _adamw(values: list[nn.Parameter], settings: Optimizer) -> Any:
+    return (_eight_bit() if settings.eight_bit else torch.optim.AdamW)(
+        values,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+    )
+
+
+def _eight_bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("optimizer.eight_bit needs the extra: pip install 'flowalign-diffusion[eightbit]'") from error
+    return AdamW8bit
