@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,8 @@ DESCRIPTION = """Align diffusion and flow models with rewards.
 
 examples:
   flowalign train configs/flow_grpo/shapes.yaml
-  flowalign train flow_grpo/shapes --learning_rate 3e-4 --reward rewards.ShapesVerifier
+  flowalign train flow_grpo/shapes --optimizer.learning_rate 3e-4 --epochs 20
+  flowalign sample runs/flow_grpo_shapes --prompt "a red circle left of a blue square"
 """
 
 TRAIN = """Train as a config says.
@@ -39,8 +41,18 @@ CONFIG is a file, or the name of a shipped config. Its key `trainer` names the c
 that class. Options set or replace keys, at any depth:
 
   flowalign train flow_grpo/shapes --epochs 20
-  flowalign train flow_grpo/shapes --model.lora_rank 8 --folder runs/rank8
+  flowalign train flow_grpo/shapes --model.lora.rank 8 --folder runs/rank8
   flowalign train my.yaml --allow-code --reward my_rewards.brightness
+"""
+
+SAMPLE = """Sample pictures by the ODE, from noise that depends on the seed and the picture's number alone.
+
+TARGET is a run folder (its model with the policy it kept, its steps and guidance), a pipeline's folder or hub id, or
+`shapes`, the embedded model. Options set or replace arguments of the model:
+
+  flowalign sample runs/flow_grpo_shapes --prompt "a red circle" --prompt "two blue squares"
+  flowalign sample runs/flow_grpo_shapes --base --prompts prompts.txt --out before
+  flowalign sample shapes --lora runs/flow_grpo_shapes/lora --prompt "a red circle" --steps 8 --guidance-scale 1
 """
 
 
@@ -63,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flowalign {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train(commands)
+    add_sample(commands)
     arguments, rest = parser.parse_known_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import warns of image processors that no one uses
     try:
         check_packages()
         arguments.run(arguments, rest)
@@ -112,6 +126,36 @@ def train(arguments: argparse.Namespace, words: list[str]) -> None:
         raise ConfigError(f"{source}: {error}") from error
     trainer: Trainer = construct(call)
     trainer.train(config={"trainer": call.path, **arguments_of(call)})
+
+
+def add_sample(commands: Any) -> None:
+    """flowalign sample TARGET --prompt TEXT"""
+    parser = add_command(commands, "sample", "sample pictures with or without a LoRA", SAMPLE)
+    parser.usage = "flowalign sample [-h] TARGET (--prompt TEXT | --prompts FILE) [options] [--model.key value ...]"
+    parser.add_argument("target", metavar="TARGET", help="a run folder, a pipeline's folder or hub id, or 'shapes'")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given more than once")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, or JSON lines with the key 'prompt'")
+    parser.add_argument("--lora", metavar="PATH", help="a folder or file of LoRA weights; a run's own by default")
+    parser.add_argument("--base", action="store_true", help="without a run's LoRA: what its model was before")
+    parser.add_argument("--steps", type=int, help="a run's own by default, otherwise 28")
+    parser.add_argument("--guidance-scale", type=float, help="a run's own by default, otherwise 4.5; 1 for none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures made at a time")
+    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="FOLDER", help="must be new or empty")
+    parser.add_argument("--allow-code", action="store_true", help="let a run's config name classes outside flowalign")
+    parser.set_defaults(run=sample)
+
+
+def sample(arguments: argparse.Namespace, words: list[str]) -> None:
+    """Check everything, build the model, then write each picture as it is made, and a sheet of all of them."""
+    from flowalign.sample import Request, save_pictures
+
+    settings = Request(
+        arguments.target, tuple(arguments.prompt), arguments.prompts, arguments.lora, arguments.base, arguments.steps,
+        arguments.guidance_scale, arguments.seed, arguments.batch_size, arguments.out, read_options(words),
+        arguments.allow_code,
+    )  # fmt: skip
+    print(save_pictures(settings))
 
 
 def parse_trainer(config: Mapping[str, Any], allow_code: bool = False) -> Call:

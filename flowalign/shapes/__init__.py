@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +17,42 @@ WEIGHTS = Path(__file__).parent / "weights"
 __all__ = ["WEIGHTS", "clip", "held_out_prompts", "text_to_image", "train_prompts"]
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The weights are read in a blink: no progress bars of diffusers and transformers for that."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            transformers_logging.enable_progress_bar()
+        if shown[1]:
+            diffusers_logging.enable_progress_bar()
+
+
 def text_to_image() -> StableDiffusion3Pipeline:
     """The base model: a StableDiffusion3Pipeline for 32 x 32 pictures, float32, trained on partly wrong captions."""
+    import torch
     from diffusers import StableDiffusion3Pipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / "text-to-image", text_encoder_3=None, tokenizer_3=None)
+    with _without_bars():
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            WEIGHTS / "text-to-image", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def clip() -> tuple[CLIPModel, CLIPTokenizer]:
     """A CLIP trained on right captions of the world, float32: the differentiable reward."""
+    import torch
     from transformers import CLIPModel, CLIPTokenizer
 
-    return CLIPModel.from_pretrained(WEIGHTS / "clip"), CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
+    with _without_bars():
+        model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32)
+    return model, CLIPTokenizer.from_pretrained(WEIGHTS / "clip")

@@ -1,0 +1,66 @@
+"""Every shipped config is checked whole, without building anything; published numbers do not drift."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowalign.cli import parse_trainer
+from flowalign.config import arguments_of, load_yaml
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def resolved(name: str) -> dict[str, Any]:
+    """All arguments of the trainer with their defaults, as plain data."""
+    return arguments_of(parse_trainer(load_yaml(CONFIGS / name)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_shipped_config_resolves(name: str) -> None:
+    config = load_yaml(CONFIGS / name)
+    plain = resolved(name)
+    assert set(config) - {"trainer"} <= set(plain)
+    again = parse_trainer({"trainer": config["trainer"], **plain})  # what a run writes down is a config again
+    assert arguments_of(again) == plain
+
+
+def test_the_published_settings_are_shipped() -> None:
+    assert {"flow_grpo/sd3.5_pickscore.yaml", "flow_grpo/sd3.5_ocr.yaml", "flow_grpo/sd3.5_geneval.yaml"} <= set(FILES)
+
+
+@pytest.mark.parametrize(
+    ("short", "beta", "metric"),
+    [("pickscore", 0.01, "pickscore"), ("ocr", 0.04, "ocr"), ("geneval", 0.04, "geneval_correct")],
+)
+def test_flow_grpo_settings_are_the_published_ones(short: str, beta: float, metric: str) -> None:
+    config = resolved(f"flow_grpo/sd3.5_{short}.yaml")
+    assert (config["kl_coef"], config["kl"]) == (beta, "flowalign.transitions.flow_grpo_kl")
+    assert (config["clip_range"], config["step_fraction"], config["updates_per_epoch"]) == (1e-4, 0.99, 2)
+    assert (config["evaluation"]["steps"], config["evaluation"]["every"]) == (40, 60)
+    assert config["evaluation"]["metric"] == metric
+    sampling = config["sampling"]
+    assert [sampling[key] for key in ("groups", "group_size", "steps", "guidance_scale")] == [48, 24, 10, 4.5]
+    assert sampling["plan"]["transition"] == {"class": "flowalign.transitions.FlowSDE", "noise_level": 0.7}
+    assert sampling["plan"]["last_step"] is True
+    optimizer = config["optimizer"]
+    assert (optimizer["learning_rate"], optimizer["weight_decay"], optimizer["betas"]) == (3e-4, 1e-4, [0.9, 0.999])
+    assert (optimizer["ema_decay"], optimizer["ema_every"], optimizer["max_grad_norm"]) == (0.9, 8, 1.0)
+    model = config["model"]
+    assert (model["height"], model["width"], model["max_sequence_length"]) == (512, 512, 128)
+    assert (model["lora"]["rank"], model["lora"]["alpha"], model["mixed_precision"]) == (32, 64, "fp16")
+
+
+def test_pickscore_is_divided_by_26() -> None:
+    reward = resolved("flow_grpo/sd3.5_pickscore.yaml")["reward"]
+    assert reward["weights"] == [pytest.approx(1 / 26, rel=1e-12)]
+    assert reward["rewards"][0]["class"] == "rewards.PickScore"
+    assert reward["constant"] == 0.0
+
+
+def test_ocr_drops_what_it_cannot_read_and_the_others_stop() -> None:
+    said = {name: resolved(f"flow_grpo/sd3.5_{name}.yaml")["on_invalid"] for name in ("pickscore", "ocr", "geneval")}
+    assert said == {"pickscore": "stop", "ocr": "drop", "geneval": "stop"}
