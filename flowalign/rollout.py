@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.models.base import Model
-from flowalign.records import Condition, Step, Trajectory, intervals
+from flowalign.records import Condition, Interval, Step, Trajectory, intervals
 from flowalign.schedules import Path
 from flowalign.transitions import ODE, Reduce, Transition, gaussian_log_prob, mean_of_elements
 
@@ -75,16 +75,11 @@ def rollout(
         else:
             assert step_noise is not None
             parted = members if path.branch == interval.index else 1
-            velocity = model.velocity_split(latents, interval.sigma, condition, policy.guidance_scale)
-            mean, std = transition(latents, velocity, interval)
-            mean = mean.repeat_interleave(parted, 0)
-            latents_next = mean + std * step_noise(interval.index).to(mean.device)
-            log_probs = policy.log_prob(latents_next, mean, std, policy.reduce)
-            steps.append(Step(interval, latents, latents_next, log_probs))
-            condition = (
-                condition.rows(torch.arange(len(latents)).repeat_interleave(parted)) if parted > 1 else condition
-            )
-            latents = latents_next
+            noise = step_noise(interval.index)
+            steps.append(_stochastic_step(model, latents, interval, transition, condition, policy, noise, parted))
+            if parted > 1:
+                condition = condition.rows(torch.arange(len(latents)).repeat_interleave(parted))
+            latents = steps[-1].latents_next
         visited.append(latents)
     return Trajectory(latents, tuple(steps), tuple(visited) if keep_path else ())
 
@@ -129,6 +124,23 @@ def replay(model: Model, step: Step, transition: Transition, condition: Conditio
     mean, std = transition(step.latents, velocity, step.interval)
     mean, velocity = (value.repeat_interleave(step.members, 0) for value in (mean, velocity))
     return Replay(policy.log_prob(step.latents_next, mean, std, policy.reduce), mean, velocity, std)
+
+
+def _stochastic_step(
+    model: Model,
+    latents: Latents,
+    interval: Interval,
+    transition: Transition,
+    condition: Condition,
+    policy: Policy,
+    noise: Latents,
+    members: int,
+) -> Step:
+    velocity = model.velocity_split(latents, interval.sigma, condition, policy.guidance_scale)
+    mean, std = transition(latents, velocity, interval)
+    mean = mean.repeat_interleave(members, 0)
+    latents_next = mean + std * noise.to(mean.device)
+    return Step(interval, latents, latents_next, policy.log_prob(latents_next, mean, std, policy.reduce))
 
 
 def _in_calls(

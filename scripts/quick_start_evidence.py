@@ -53,12 +53,15 @@ def strict(model: Model, config: dict[str, Any], prompts: Any) -> Tensor:
     return verifier.score(Media(torch.cat(list(drawn))), prompts).parts["strict"]
 
 
-def train(config: dict[str, Any], folder: Path) -> float:
+def train(config: dict[str, Any], folder: Path, shuffled: bool) -> float:
     """Run the config unless its folder is there; seconds it took."""
     if folder.exists():
         return float("nan")
-    started, call = time.monotonic(), parse_trainer(config, allow_code=True)
-    construct(call).train(config={"trainer": call.path, **arguments_of(call)})
+    started, call = time.monotonic(), parse_trainer(config)
+    trainer = construct(call)
+    if shuffled:
+        trainer.advantages = shuffled_advantages
+    trainer.train(config={"trainer": call.path, **arguments_of(call)})
     return time.monotonic() - started
 
 
@@ -78,10 +81,7 @@ def main() -> None:
     before = strict(model_of(config, None), config, prompts)
     for seed in arguments.seeds:
         folder = arguments.out / f"{'shuffled' if arguments.shuffled else 'seed'}-{seed}"
-        changes: dict[str, Any] = {"seed": seed, "folder": str(folder)}
-        if arguments.shuffled:
-            changes["advantages"] = f"{__name__}.shuffled_advantages"
-        seconds = train(override(config, changes), folder)
+        seconds = train(override(config, {"seed": seed, "folder": str(folder)}), folder, arguments.shuffled)
         gain = strict(model_of(config, folder / "lora"), config, prompts) - before
         result = {
             "run": folder.name,
