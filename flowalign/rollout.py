@@ -133,7 +133,7 @@ def _stochastic_step(
     transition: Transition,
     condition: Condition,
     policy: Policy,
-    noise: Latents,
+    noise: Float[Tensor, "n *d"],
     members: int,
 ) -> Step:
     velocity = model.velocity_split(latents, interval.sigma, condition, policy.guidance_scale)
