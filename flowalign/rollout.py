@@ -15,6 +15,7 @@ from flowalign.schedules import Path
 from flowalign.transitions import ODE, Reduce, Transition, gaussian_log_prob, mean_of_elements
 
 Latents = Float[Tensor, "b *d"]
+Noise = Float[Tensor, "n *d"]  # one row per sample, where latents may have one per group
 LogProb = Callable[[Tensor, Tensor, float, Reduce], Tensor]
 
 
@@ -133,7 +134,7 @@ def _stochastic_step(
     transition: Transition,
     condition: Condition,
     policy: Policy,
-    noise: Float[Tensor, "n *d"],
+    noise: Noise,
     members: int,
 ) -> Step:
     velocity = model.velocity_split(latents, interval.sigma, condition, policy.guidance_scale)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
-from rewards.base import Reward
 from torch import Tensor
 
 from flowalign.advantages import flow_grpo_advantages
@@ -26,6 +25,7 @@ from flowalign.rollout import LogProb, Policy, Replay
 from flowalign.schedules import AllSteps, Path
 from flowalign.tracking import TrackerName
 from flowalign.transitions import FlowSDE, Reduce, exact_kl, gaussian_log_prob, mean_of_elements
+from rewards.base import Reward
 from trainers.base import Trainer
 from trainers.batch import Sampling
 from trainers.evaluation import Evaluation
