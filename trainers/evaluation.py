@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 
 import torch
 from jaxtyping import Float
@@ -19,8 +18,6 @@ from flowalign.sample import pictures
 from flowalign.tracking import Run, write_atomically
 from rewards.base import Reward
 from trainers.batch import Sampling, detached, join_scores, valid_rows
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -131,14 +128,3 @@ class Evaluator:
             return
         shutil.copytree(run.folder / "checkpoints" / f"epoch-{best:06d}", run.folder / "lora", dirs_exist_ok=True)
         write_atomically(run.folder / "best.json", json.dumps({"epoch": best}).encode())
-
-
-def weights_file(folder: FilePath) -> FilePath:
-    """The LoRA file that a run folder, or a folder of weights, holds.
-
-    Raises: ValueError where there is none.
-    """
-    for candidate in (folder, folder / WEIGHTS, folder / "lora" / WEIGHTS):
-        if candidate.is_file():
-            return candidate
-    raise ValueError(f"{folder} holds no LoRA weights ({WEIGHTS})")
