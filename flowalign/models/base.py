@@ -8,12 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flowalign.accounting import Meter
 from flowalign.records import Condition
 
 Latents = Float[Tensor, "b *d"]
@@ -25,6 +27,11 @@ class Model(ABC):
     latent_shape: tuple[int, ...]
     device: torch.device
     scale_loss: bool = False  # gradients pass through fp16, whose small numbers vanish unless scaled up
+
+    @cached_property
+    def meter(self) -> Meter:
+        """Counts this model's network calls."""
+        return Meter()
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -64,7 +71,9 @@ class Model(ABC):
         Classifier-free guidance (arXiv:2207.12598). For what is not replayed: `velocity_split` is the replayed one.
         """
         if guidance_scale == 1.0:
+            self.meter.network(len(latents))
             return self.network(latents, sigma, condition, negative=False)
+        self.meter.network(2 * len(latents))
         conditional, unconditional = self.network_doubled(latents, sigma, condition)
         return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -81,9 +90,11 @@ class Model(ABC):
         A rollout that is replayed with gradient must make the calls that the replay makes, or rounding alone moves the
         ratio. Flow-GRPO's authors detach the unconditional half too; Flow-Factory does not (`unconditional_grad`).
         """
+        self.meter.network(len(latents))
         conditional = self.network(latents, sigma, condition, negative=False)
         if guidance_scale == 1.0:
             return conditional
         with torch.set_grad_enabled(unconditional_grad and torch.is_grad_enabled()):
+            self.meter.network(len(latents))
             unconditional = self.network(latents, sigma, condition, negative=True)
         return unconditional + guidance_scale * (conditional - unconditional)

@@ -81,6 +81,7 @@ class SD3(Model):
         self._autocast, self._decode_autocast = DTYPES.get(mixed_precision), DTYPES.get(decode_precision)
         if self._autocast is not None:  # autocast would cast frozen weights anew at every call
             nn.Module.to(self.transformer, self._autocast)  # diffusers' own `to` warns that nothing is kept float32
+        self._dtype: torch.dtype = self._autocast or self.pipeline.transformer.dtype  # which walks through all modules
         self.scale_loss = mixed_precision == "fp16"
         self.lora = lora
         add_policy(self.pipeline, self.transformer, lora, TARGETS)
@@ -160,14 +161,13 @@ class SD3(Model):
         return conditional, unconditional
 
     def _velocity(self, latents: Latents, sigma: float, embeds: Tensor, pooled: Tensor) -> Latents:
-        dtype = self._autocast or self.pipeline.transformer.dtype
         scale = self.pipeline.scheduler.config.num_train_timesteps
         with self._precision(self._autocast):
             velocity = self._call(
-                hidden_states=latents.to(self.device, dtype),
+                hidden_states=latents.to(self.device, self._dtype),
                 timestep=torch.full((len(latents),), sigma * scale, device=self.device, dtype=torch.float32),
-                encoder_hidden_states=embeds.to(self.device, dtype),
-                pooled_projections=pooled.to(self.device, dtype),
+                encoder_hidden_states=embeds.to(self.device, self._dtype),
+                pooled_projections=pooled.to(self.device, self._dtype),
                 return_dict=False,
             )[0]
         return velocity.float()
