@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from flowalign.records import Media, Prompts, Scores
 from flowalign.shapes.scenes import SIZE, Spec
-from flowalign.shapes.verifier import verify
+from flowalign.shapes.verifier import passes, verify
 from rewards.base import Reward
 from rewards.pixels import finite, pictures
+
+KINDS = ("object", "count", "size", "relation", "nothing else")
 
 
 class ShapesVerifier(Reward):
     """(1 - w) * clauses + w * strict, in [0, 1]; not differentiable.
 
     clauses: the mean score of the caption's clauses (objects, counts, size, relation, nothing else); a clause's score
-    rises smoothly as it comes nearer to holding. strict: 1 where all of them hold, else 0. Both are parts of the score.
+    rises smoothly as it comes nearer to holding. strict: 1 where all of them hold, else 0. Both are parts of the score,
+    and so is, for each kind of clause, whether all of that kind hold ("clause/count": 1 or 0, nan where there is none).
 
     Args:
         strict_weight: w, in [0, 1].
@@ -38,7 +45,14 @@ class ShapesVerifier(Reward):
         clauses = torch.tensor([sum(scores.values()) / len(scores) for scores in found], device=pixels.device)
         strict = verdict.to(pixels.device).float()
         total = (1 - self.strict_weight) * clauses + self.strict_weight * strict
-        return Scores(total, {"clauses": clauses, "strict": strict}, finite(pixels))
+        kinds = {f"clause/{kind}": _of_kind(found, kind).to(pixels.device) for kind in KINDS}
+        return Scores(total, {"clauses": clauses, "strict": strict, **kinds}, finite(pixels))
+
+
+def _of_kind(found: list[dict[str, float]], kind: str) -> Float[Tensor, " b"]:
+    """Whether all clauses of a kind hold in each picture; nan where its caption has none."""
+    own = [{name: value for name, value in scores.items() if name.startswith(kind)} for scores in found]
+    return torch.tensor([float(passes(scores)) if scores else math.nan for scores in own])
 
 
 def _spec(prompts: Prompts, index: int) -> Spec:

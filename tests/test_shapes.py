@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -285,7 +286,12 @@ def test_reward_is_the_mean_of_clauses_and_the_verdict() -> None:
     assert scores.parts["strict"].tolist() == [1, 0, 0]
     torch.testing.assert_close(scores.total, 0.75 * clauses + 0.25 * scores.parts["strict"], atol=1e-4, rtol=0)
     assert scores.valid.all()
-    assert scores.parts.keys() == {"clauses", "strict"}
+    kinds = {name: value.tolist() for name, value in scores.parts.items() if name.startswith("clause/")}
+    assert kinds.pop("clause/size") == pytest.approx([math.nan] * 3, nan_ok=True), "the caption names no size"
+    assert kinds == {
+        "clause/object": [1, 1, 0], "clause/count": [1, 1, 0], "clause/relation": [1, 0, 0],
+        "clause/nothing else": [1, 1, 0],
+    }  # fmt: skip
 
 
 def test_strict_weight_mixes_the_parts() -> None:
@@ -316,7 +322,7 @@ def test_reward_reads_prompts_of_the_world() -> None:
     assert reward.score(Media(right), prompts).total.mean() > 0.94
     assert reward.score(Media(wrong), prompts).total.mean() < 0.5
     both = (reward - 1).score(Media(right), prompts)
-    assert both.parts.keys() == {"clauses", "strict"}
+    assert {"clauses", "strict", "clause/relation"} <= both.parts.keys()
 
 
 def test_a_prompt_without_a_spec_is_named() -> None:
