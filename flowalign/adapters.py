@@ -110,9 +110,10 @@ def save_policy(pipeline: Any, network: nn.Module, folder: Path) -> None:
     """Write the adapter as diffusers' `load_lora_weights` reads it, rank and alpha in its metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = network.peft_config[POLICY]  # type: ignore[index]
+    settings = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     weights = get_peft_model_state_dict(network, adapter_name=POLICY)
     pipeline.save_lora_weights(
         str(folder),
         transformer_lora_layers={name: value.detach().cpu().contiguous() for name, value in weights.items()},
-        transformer_lora_adapter_metadata=config.to_dict(),
+        transformer_lora_adapter_metadata=settings,  # in one order: equal policies are equal files
     )

@@ -1,12 +1,82 @@
-"""A few functions over torch.distributed; on one process each is the identity."""
+"""A few functions over torch.distributed; on one process each is the identity.
+
+Started by torchrun, `accelerate launch` and srun alike. A replicated LoRA needs one flat all-reduce of its gradient,
+which, unlike DDP's buckets, adds in the same order at every start.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)  # a rollout of the slowest process may take that long
+
+
+class LostProcess(OSError):
+    """Another process has gone; what it said is the reason."""
+
+
+def start(environ: Mapping[str, str] = os.environ) -> None:
+    """Join the other processes where a launcher started several; call it before a model is loaded.
+
+    Under CUDA every process takes the device of its local rank.
+
+    Raises: ValueError where the launcher's variables do not tell where to meet.
+    """
+    if dist.is_initialized():
+        return
+    rank, world, local = _places(environ)
+    if world == 1:
+        return
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if "SLURM_STEP_NUM_TASKS" in environ and "RANK" not in environ:
+        address = address or environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+        port = port or str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000)
+    if not address or not port:
+        raise ValueError(f"{world} processes were started without MASTER_ADDR and MASTER_PORT; use torchrun")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    join(f"tcp://{address}:{port}", rank, world, "cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def join(place: str, rank: int, world: int, backend: str = "gloo") -> None:
+    """Meet the other processes at `tcp://host:port` or `file:///path`."""
+    dist.init_process_group(backend, init_method=place, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+def _places(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, number of processes and local rank, as torchrun and accelerate or srun tell them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    rank, world, local = (int(environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+    return rank, world, local
+
+
+def started_as(environ: Mapping[str, str] = os.environ) -> int:
+    """The rank that the launcher gave this process, whether it has joined the others or not."""
+    return _places(environ)[0]
+
+
+def check_started(environ: Mapping[str, str] = os.environ) -> None:
+    """Raises ValueError in one of several processes that has not joined the others: each would train on its own."""
+    if _places(environ)[1] > 1 and not dist.is_initialized():
+        raise ValueError("a launcher started several processes: call flowalign.distributed.start() before the model")
+
+
+def finish() -> None:
+    """Leave together: without a barrier a process may tear down what another still reads, which then hangs."""
+    if dist.is_initialized():
+        with _peers():
+            dist.barrier()
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -30,6 +100,68 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
         return
     listed = list(tensors)
     flat = torch.cat([tensor.detach().flatten() for tensor in listed])
-    dist.all_reduce(flat)
+    with _peers():
+        dist.all_reduce(flat)
     for tensor, part in zip(listed, flat.split([tensor.numel() for tensor in listed]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def largest(values: Iterable[float]) -> list[float]:
+    """The largest of each value over all processes."""
+    flat = torch.tensor(list(values), dtype=torch.float64)
+    if world_size() > 1:
+        with _peers():
+            dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    return [float(value) for value in flat]
+
+
+def gather_text(text: str) -> list[str]:
+    """Every process's text, in the order of ranks."""
+    if world_size() == 1:
+        return [text]
+    raw = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    longest = int(largest([len(raw)])[0])
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world_size())]
+    with _peers():
+        dist.all_gather(lengths, torch.tensor([len(raw)]))
+        if longest:
+            dist.all_gather(texts, torch.cat([raw, raw.new_zeros(longest - len(raw))]))
+    return [bytes(row[: int(n)].tolist()).decode() for row, n in zip(texts, lengths, strict=True)]
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every process what went wrong on any, so that none waits for one that has gone."""
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    told = gather_text("" if error is None else f"{error or type(error).__name__}")
+    if error is not None:
+        raise error
+    for number, text in enumerate(told):
+        if text:
+            raise LostProcess(f"process {number}: {text}")
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Do something on the first process only; what it raises there is raised everywhere. A barrier."""
+    together(action if rank() == 0 else lambda: None)
+
+
+def together(action: Callable[[], None]) -> None:
+    """Do something on every process; what it raises on any is raised on all. A barrier."""
+    problem: Exception | None = None
+    try:
+        action()
+    except Exception as error:
+        problem = error
+    agree(problem)
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess("another process has gone or does not answer; its own message says why") from error

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -18,12 +20,42 @@ GAP = 6
 TEXT = 11
 
 
+THUMBNAIL = 256  # pixels: the most that a kept picture has where not the whole of it is wanted
+
+
+def to_bytes(pixels: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
+    """Pictures in [0, 1] in 8 bits, on the CPU; what lies outside is clipped, and nan is black."""
+    return torch.nan_to_num(pixels.detach().float().cpu(), nan=0.0).clamp(0, 1).mul(255).round().byte()
+
+
 def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     """Pictures in [0, 1] as PIL images; what lies outside is clipped, and nan is black."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pictures have the shape [b, 3, h, w], got {list(pixels.shape)}")
-    whole = torch.nan_to_num(pixels.detach().float().cpu(), nan=0.0).clamp(0, 1).mul(255).round().byte()
-    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in whole.permute(0, 2, 3, 1).numpy()]
+    return [Image.fromarray(np.ascontiguousarray(one)) for one in to_bytes(pixels).permute(0, 2, 3, 1).numpy()]
+
+
+def zipped(pixels: Float[Tensor, "b 3 h w"], whole: int) -> bytes:
+    """A zip file of pictures, 00000.png and so on: the first `whole` as they are, the others at 256 pixels at most.
+
+    The same pictures give the same bytes.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as file:
+        for i, image in enumerate(to_images(pixels)):
+            if i >= whole and max(image.size) > THUMBNAIL:
+                image.thumbnail((THUMBNAIL, THUMBNAIL))
+            picture = io.BytesIO()
+            image.save(picture, "PNG")
+            file.writestr(zipfile.ZipInfo(f"{i:05d}.png"), picture.getvalue())
+    return buffer.getvalue()
+
+
+def unzipped(path: Path, count: int) -> Float[Tensor, "b 3 h w"]:
+    """The first `count` pictures of such a file."""
+    with zipfile.ZipFile(path) as file:
+        images = [Image.open(io.BytesIO(file.read(f"{i:05d}.png"))).convert("RGB") for i in range(count)]
+    return torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images]) / 255
 
 
 def grid(pixels: Float[Tensor, "b 3 h w"], captions: Sequence[str] = ()) -> bytes:

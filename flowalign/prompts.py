@@ -34,8 +34,18 @@ def as_prompts(prompts: Prompts | Sequence[str] | str) -> Prompts:
 def _read(path: Path) -> Prompts:
     if not path.is_file():
         raise ValueError(f"prompts: {path} is not a file; give a .txt or .jsonl file or a list of prompts")
-    lines = [(number, line) for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1) if line.strip()]
+    try:
+        text = path.read_text("utf-8-sig").rstrip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path} is not UTF-8 text (byte {error.start})") from error
+    if not text:
+        raise ValueError(f"prompts: {path} is empty; training needs at least one prompt")
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if path.suffix != ".jsonl":
+        empty = [str(number) for number, line in enumerate(text.splitlines(), 1) if not line.strip()]
+        if empty:
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            raise ValueError(f"prompts: {path} has empty prompts in line {', '.join(empty[:5])}{more}; remove them")
         return Prompts(tuple(line.strip() for _, line in lines), tuple({} for _ in lines))
     rows = [_row(path, number, line) for number, line in lines]
     return Prompts(tuple(row.pop("prompt") for row in rows), tuple(rows))
@@ -48,6 +58,8 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{path}:{number}: a line must be an object with a text under "prompt"')
+    if not row["prompt"].strip():
+        raise ValueError(f"{path}:{number}: the prompt is empty")
     return row
 
 

@@ -6,6 +6,9 @@ samples are split over micro-batches or processes, and a resumed run needs no ge
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import numpy as np
@@ -36,3 +39,24 @@ def key_noise(seed: int, purpose: str, *key: int, shape: tuple[int, ...]) -> Flo
     of a smaller one at any promised place.
     """
     return torch.from_numpy(np.asarray(key_generator(seed, purpose, *key).standard_normal(shape, dtype=np.float32)))
+
+
+@contextmanager
+def keyed_globals(seed: int, purpose: str, *key: int) -> Iterator[None]:
+    """While entered, the global generators of python, numpy and torch are functions of the key.
+
+    For code of others that draws from them, a user's reward for one: its numbers then depend neither on how samples are
+    split over processes nor on what was drawn before, so that a resumed run needs no generator's state.
+    """
+    drawn = int(key_generator(seed, purpose, *key).integers(2**32))
+    before = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        random.seed(drawn)
+        np.random.seed(drawn)
+        torch.manual_seed(drawn)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])

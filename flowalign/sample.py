@@ -36,11 +36,13 @@ def pictures(
     seed: int = 0,
     purpose: str = "sample",
     rows_per_call: int = 64,
+    calls: range | None = None,
 ) -> Iterator[Float[Tensor, "b *frames 3 h w"]]:
-    """The pictures of texts, `rows_per_call` at a time and in order, in [0, 1]."""
+    """The pictures of texts, `rows_per_call` at a time and in order, in [0, 1]; of some of those calls, or of all."""
     path, sigmas, policy = Path((ODE(),) * steps), model.sigmas(steps), Policy(guidance_scale)
-    for at in torch.arange(len(texts)).split(rows_per_call):
-        index = at.tolist()
+    parts = torch.arange(len(texts)).split(rows_per_call)
+    for call in range(len(parts)) if calls is None else calls:
+        index = parts[call].tolist()
         noise = start_noise(model, seed, purpose, index).to(model.device)
         made = rollout(model, model.encode([texts[i] for i in index]), noise, sigmas, path, policy)
         yield model.decode(made.latents)
@@ -75,9 +77,6 @@ def save_pictures(request: Request) -> FilePath:
     texts = request.prompt + (as_prompts(request.prompts).text if request.prompts else ())
     if not texts:
         raise ValueError("sample needs --prompt TEXT or --prompts FILE")
-    unknown = [key for key in request.options if not key.startswith("model.")]
-    if unknown:
-        raise ValueError(f"--{unknown[0]} is no option of sample; the model's arguments are --model.NAME")
     unknown = [key for key in request.options if not key.startswith("model.")]
     if unknown:
         raise ValueError(f"--{unknown[0]} is no option of sample; the model's arguments are --model.NAME")

@@ -16,7 +16,7 @@ def test_prompts_come_from_lists_text_files_and_json_lines(tmp_path):
     assert as_prompts(["a", "b", "a"]).text == ("a", "b", "a")
     given = Prompts(("a",), ({"tag": 1},))
     assert as_prompts(given) is given
-    (tmp_path / "p.txt").write_text("\ufeffa cat\n\n  a dog \n", "utf-8")
+    (tmp_path / "p.txt").write_text("\ufeffa cat\r\n  a dog \n\n", "utf-8")
     assert as_prompts(str(tmp_path / "p.txt")).text == ("a cat", "a dog")
     lines = [{"prompt": "a cat", "tag": "single"}, {"prompt": "two cats", "include": [{"count": 2}]}]
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
@@ -31,14 +31,23 @@ def test_prompts_come_from_lists_text_files_and_json_lines(tmp_path):
         ('{"prompt": "a"}\n{"prompt": ', "p.jsonl:2: not JSON"),
         ('{"prompt": "a"}\n\n{"text": "b"}', 'p.jsonl:3: a line must be an object with a text under "prompt"'),
         ('["a"]', "p.jsonl:1: a line must be an object"),
-        ("", "prompts is empty"),
-        ('{"prompt": " "}', "prompt 0 is empty"),
+        ("", "p.jsonl is empty"),
+        ('{"prompt": "a"}\n{"prompt": " "}', "p.jsonl:2: the prompt is empty"),
     ],
 )
 def test_a_bad_file_is_named_by_line(content, message, tmp_path):
     (tmp_path / "p.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         as_prompts(str(tmp_path / "p.jsonl"))
+
+
+def test_empty_prompts_of_a_text_file_are_named_by_line(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\na dog\n \n" + "\n" * 9 + "a bird\n")
+    with pytest.raises(ValueError, match="has empty prompts in line 2, 4, 5, 6, 7 and 6 more; remove them"):
+        as_prompts(str(tmp_path / "p.txt"))
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"is not UTF-8 text \(byte 3\)"):
+        as_prompts(str(tmp_path / "p.txt"))
 
 
 def test_no_prompts_are_refused(tmp_path):

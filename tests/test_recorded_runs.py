@@ -210,7 +210,8 @@ def batch_of(trainer: Watched, run: Setting) -> Batch:
     path, group_ids = trainer.sampling.plan.resolve(5, 0, 0), torch.tensor(run.groups)
     scores = scores_of(run)
     texts = tuple(str(group) for group in run.groups)
-    return Batch(path, texts, steps, scores, group_ids, trainer.credit(scores, group_ids), torch.ones(SAMPLES))
+    advantages = trainer.credit(scores, group_ids)
+    return Batch(path, torch.arange(SAMPLES), texts, steps, scores, group_ids, advantages, torch.ones(SAMPLES))
 
 
 def close(actual: Tensor, expected: Tensor, atol: float, rtol: float = 0.0) -> None:

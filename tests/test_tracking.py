@@ -49,14 +49,29 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         Run(tmp_path / "mine" / "thesis.tex")
 
 
-def test_resume_appends_and_drops_a_torn_line(tmp_path: Path) -> None:
+def test_going_on_drops_what_came_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
     with Run(tmp_path / "run") as run:
         run.log(0, {"reward": 0.5})
+        run.log_histogram(0, "advantages", -1.0, 1.0, [1, 2])
+        written = run.written()
+        run.log(1, {"reward": 9.0})
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 1, "rew')
+        file.write('{"step": 2, "rew')
     with Run(tmp_path / "run", resume=True) as run:
+        run.rewind(written, seconds=100.0)
         run.log(1, {"reward": 0.75})
     assert [(row["step"], row["reward"]) for row in rows(tmp_path / "run")] == [(0, 0.5), (1, 0.75)]
+    assert rows(tmp_path / "run")[1]["seconds"] >= 100
+    assert len((tmp_path / "run" / "histograms.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        Run(tmp_path / "run"),
+        pytest.raises(ValueError, match=r"in use by a run that is going on \(process \d+"),
+    ):
+        Run(tmp_path / "run", resume=True)
+    Run(tmp_path / "run", resume=True).close()
 
 
 def test_grid_shows_every_picture_in_its_place(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from flowalign.cli import main
 from flowalign.config import load_yaml
 from flowalign.models.sd3 import SD3
+from flowalign.pictures import unzipped
 from flowalign.records import Media, Prompts
 from flowalign.schedules import FanOut
 from flowalign.shapes import text_to_image
 from flowalign.transitions import FlowSDE
+from tests.jobs import rows
 from trainers import Evaluation, FlowGRPO, Optimizer, Sampling
 
 SHORT = [
@@ -36,17 +38,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(lines: list[dict]) -> list[dict]:
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-
-
 def test_a_run_folder_is_complete(run):
-    assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "samples", "lora", "checkpoints", "best.json",
+    assert {path.name for path in run.iterdir() if path.name != ".lock"} == {
+        "config.yaml", "environment.json", "events.jsonl", "metrics.jsonl", "histograms.jsonl", "samples",
+        "evaluations", "lora", "best.json", "checkpoints", "report.html",
     }  # fmt: skip
     names = {path.name for path in (run / "samples").iterdir()}
     assert names == {f"epoch-{k:06d}.png" for k in range(4)} | {"before_after.png"}
@@ -62,14 +57,37 @@ def test_a_run_folder_is_complete(run):
 
 def test_the_best_policy_is_kept_and_few_others(run):
     judged = [row["held-out"] for row in rows(run) if "held-out" in row]
-    best = json.loads((run / "best.json").read_text())["epoch"]
-    assert judged[best] == max(judged)
+    told = json.loads((run / "best.json").read_text())
+    assert judged[told["epoch"]] == told["held-out"] == max(judged)
     kept = {path.name for path in (run / "checkpoints").iterdir()}
-    assert kept == {f"epoch-{k:06d}" for k in {2, 3, best}}
-    file = "pytorch_lora_weights.safetensors"
-    chosen = load_file(run / "lora" / file)
-    for name, value in load_file(run / "checkpoints" / f"epoch-{best:06d}" / file).items():
+    assert kept == {f"step-{k:08d}-evaluated" for k in {2, 3, told["epoch"]}}
+    file = "lora/pytorch_lora_weights.safetensors"
+    chosen = load_file(run / file)
+    for name, value in load_file(run / "checkpoints" / f"step-{told['epoch']:08d}-evaluated" / file).items():
         assert torch.equal(chosen[name], value)
+
+
+def test_every_prompt_s_scores_and_pictures_are_kept(run):
+    folder = run / "evaluations"
+    prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == 12
+    assert {"prompt", "spec", "kind"} <= prompts[0].keys()
+    for epoch in range(4):
+        scores = [json.loads(line) for line in (folder / f"epoch-{epoch:06d}.jsonl").read_text().splitlines()]
+        mean = next(row["held-out"] for row in rows(run) if row["step"] == epoch and "held-out" in row)
+        assert sum(row["strict"] for row in scores) / 12 == pytest.approx(mean)
+        for row, prompt in zip(scores, prompts, strict=True):
+            assert (row["clause/relation"] is None) == (prompt["spec"]["relation"] is None)
+    best = json.loads((run / "best.json").read_text())["epoch"]
+    assert {path.name for path in folder.glob("*.zip")} == {f"epoch-{k:06d}.zip" for k in {0, best, 3}}
+    assert unzipped(folder / "epoch-000003.zip", 12).shape == (12, 3, 32, 32)
+
+
+def test_the_epochs_cost_no_more_than_the_floor(run):
+    for row in rows(run):
+        if "reward" in row:
+            assert row["rows/forward"] == row["floor/forward"] > 0
+            assert row["rows/gradient"] == row["floor/gradient"] == 4  # one trained step of 4 groups
 
 
 def test_the_resolved_config_repeats_the_run(run, tmp_path):
@@ -77,10 +95,7 @@ def test_the_resolved_config_repeats_the_run(run, tmp_path):
     assert config["model"]["lora"]["rank"] == 32
     assert config["clip_range"] == 1e-4  # a default that the config does not name
     assert main(["train", str(run / "config.yaml"), "--folder", str(tmp_path / "again")]) == 0
-    timeless = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in rows(f)] for f in (run, tmp_path / "again")
-    ]
-    assert timeless[0] == timeless[1]
+    assert rows(run) == rows(tmp_path / "again")
 
 
 @pytest.mark.parametrize(
@@ -100,10 +115,10 @@ def test_a_mistake_is_one_line(words, message, tmp_path, capsys):
     assert message in line
 
 
-def test_a_folder_in_use_is_refused(run, capsys):
+def test_a_finished_run_is_not_made_again(run, capsys):
     before = (run / "metrics.jsonl").read_bytes()
-    assert train(run) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert train(run) == 0
+    assert "has finished its 3 epochs; more --epochs go on" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

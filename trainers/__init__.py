@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainers.batch import Sampling
 from trainers.evaluation import Evaluation
 from trainers.flow_grpo import FlowGRPO
+from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
 
-__all__ = ["Evaluation", "FlowGRPO", "Optimizer", "Sampling"]
+__all__ = ["Checkpoints", "Evaluation", "FlowGRPO", "Optimizer", "Sampling"]

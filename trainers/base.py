@@ -5,9 +5,9 @@ A method overrides `loss`, and perhaps `credit`; the order of things stands here
 
 from __future__ import annotations
 
-import itertools
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -16,20 +16,25 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowalign.distributed import sum_over_ranks
+from flowalign.accounting import Rows
+from flowalign.distributed import check_started, on_main, world_size
+from flowalign.interrupt import StopRequest
 from flowalign.models import as_model
 from flowalign.models.base import Model
-from flowalign.prompts import as_prompts, epoch_prompts
-from flowalign.randomness import key_generator, key_noise
-from flowalign.records import Condition, Interval, Media, Prompts, Scores, Step, expand_rows, join_steps
-from flowalign.rollout import Policy, Replay, replay, rollout
+from flowalign.prompts import as_prompts
+from flowalign.records import Interval, Prompts, Scores
+from flowalign.rollout import Policy, Replay
 from flowalign.schedules import Path
 from flowalign.tracking import Progress, Run, TrackerName
-from flowalign.transitions import Transition
 from rewards.base import Reward, as_reward
-from trainers.batch import Batch, Sampling, State, detached, join_scores, summary, valid_rows
+from trainers.batch import Batch, Sampling, summary, valid_rows
+from trainers.collection import Collection, Epoch, gather_scores, join_steps_of
 from trainers.evaluation import Evaluation, Evaluator
+from trainers.keeper import Checkpoints, Keeper
 from trainers.optim import Optimizer, PolicyOptimizer
+from trainers.state import State
+from trainers.update import Update
+from trainers.watch import histogram
 
 
 class Trainer(ABC):
@@ -44,6 +49,7 @@ class Trainer(ABC):
         policy: Policy,
         optimizer: Optimizer,
         evaluation: Evaluation,
+        checkpoints: Checkpoints,
         epochs: int,
         updates_per_epoch: int,
         folder: str,
@@ -51,13 +57,16 @@ class Trainer(ABC):
         on_invalid: Literal["stop", "drop"],
         log_with: Sequence[TrackerName],
     ) -> None:
+        check_started()
         self.model, self.reward, self.prompts = as_model(model), as_reward(reward), as_prompts(prompts)
-        self.sampling, self.policy, self.evaluation = sampling, policy, evaluation
+        self.sampling, self.policy, self.evaluation, self.checkpoints = sampling, policy, evaluation, checkpoints
         self.epochs, self.updates_per_epoch, self.seed = epochs, updates_per_epoch, seed
         self.folder, self.on_invalid, self.log_with = FilePath(folder), on_invalid, tuple(log_with)
-        self.sigmas = self.model.sigmas(sampling.steps)
+        self.collection = Collection(self.model, self.reward, self.prompts, sampling, policy, seed)
+        self.evaluator = Evaluator(self.model, self.reward, evaluation, sampling, seed)
         self.optimizer = PolicyOptimizer(self.model.trainable(), optimizer, self.model.scale_loss)
         self.state = State()
+        self.stop = StopRequest()
         self._check()
 
     @abstractmethod
@@ -83,105 +92,161 @@ class Trainer(ABC):
         """Whether the loss reads the reference model; its pass is left out otherwise."""
         return False
 
-    def _check(self) -> None:
-        path = self.sampling.plan.resolve(self.sampling.steps, 0, self.seed)
-        if not self.trained_steps(path):
-            raise ValueError("the plan has no stochastic step to train on: a ratio of densities needs one")
-        rows = self.sampling.groups * (1 if path.branch is not None else self.sampling.group_size)
-        if not 1 <= self.updates_per_epoch <= rows:
-            raise ValueError(
-                f"updates_per_epoch must lie in 1 ... {rows} (the rows of an epoch), not {self.updates_per_epoch}"
-            )
+    def watch(
+        self, new: Replay, old_log_probs: Tensor, reference: Replay | None, interval: Interval
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """Numbers of each sample to log the mean of; `log_ratio` also gives a largest ratio and a histogram."""
+        return {}
 
-    def train(self, config: Mapping[str, Any] | None = None) -> FilePath:
-        """Run all epochs; returns the run folder. The policy's weights are left in its `lora/`."""
-        evaluator = Evaluator(self.model, self.reward, self.evaluation, self.sampling, self.seed)
-        with Run(self.folder, config, log_with=self.log_with) as run:
-            progress = Progress(self.epochs)
-            evaluator.encode()
-            self._evaluate(run, evaluator)
-            while self.state.epoch < self.epochs:
-                batch = self.collect(self.state.epoch)
-                metrics = summary(batch) | self.update(batch)
-                self.state.epoch += 1
-                run.log(self.state.epoch, metrics)
-                if self.state.epoch % self.evaluation.every == 0 or self.state.epoch == self.epochs:
-                    self._evaluate(run, evaluator)
-                shown = {"reward": metrics["reward"], "held-out": evaluator.last, "best": self.state.best}
-                progress.update(len(batch.weights), shown)
+    def watched(self) -> tuple[str, ...]:
+        """The names of what `watch` returns."""
+        return ()
+
+    def ratio_limit(self) -> float:
+        """The largest log-ratio that its histogram shows."""
+        return 1.0
+
+    def _check(self) -> None:
+        epoch = self.collection.epoch(0)
+        if not self.trained_steps(epoch.path):
+            raise ValueError("the plan has no stochastic step to train on: a ratio of densities needs one")
+        if not 1 <= self.updates_per_epoch <= len(epoch.rows):
+            raise ValueError(
+                f"updates_per_epoch must lie in 1 ... {len(epoch.rows)} (the rows of an epoch), "
+                f"not {self.updates_per_epoch}"
+            )
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The grid of the rollouts."""
+        return self.collection.sigmas
+
+    def train(
+        self,
+        config: Mapping[str, Any] | None = None,
+        *,
+        resume: bool = False,
+        allow_change: Sequence[str] = (),
+        report: bool = True,
+    ) -> FilePath:
+        """Run all epochs; returns the run folder. The best policy's weights are left in its `lora/`.
+
+        Args:
+            config: the resolved config, plain data, for the run folder.
+            resume: go on where a run in the same folder has stopped; without one, start.
+            allow_change: config keys that may differ from those of the run that is gone on with.
+            report: write `report.html` in the end.
+
+        Raises: Stopped where a signal asked for it, all being saved; ValueError for a folder of another run.
+        """
+        with self.stop, Run(self.folder, resume=resume, log_with=self.log_with) as run:
+            keeper = Keeper(self, run, config, self.checkpoints)
+            keeper.resume(allow_change)
+            run.note("start", f"epoch {self.state.epoch} of {self.epochs} on {world_size()} processes")
+            self.evaluator.encode()
+            progress = Progress(self.epochs, done=min(self.state.epoch, self.epochs))
+            while True:
+                self._evaluate(run, keeper)
+                if self.state.epoch >= self.epochs:
+                    break
+                metrics = self._run_epoch(run, keeper)
+                shown = {"reward": metrics["reward"], "held-out": self._last("held-out"), "best": self.state.best}
+                progress.update(self.sampling.groups * self.sampling.group_size, shown)
             progress.close()
-            evaluator.finish(run, self.state.best_epoch)
+            keeper.finish()
+        if report:
+            on_main(self._report)
         return self.folder
 
-    def _evaluate(self, run: Run, evaluator: Evaluator) -> None:
+    def _report(self) -> None:
+        """Write the run's report; a run that has been made is not lost for a page that cannot be."""
+        from flowalign.report import write_report
+
+        try:
+            write_report(self.folder)
+        except (ValueError, OSError) as error:
+            print(f"flowalign: no report: {error}; try flowalign report {self.folder}", file=sys.stderr)
+
+    def _last(self, name: str) -> float | None:
+        return self.state.history[-1][name] if self.state.history else None
+
+    def _run_epoch(self, run: Run, keeper: Keeper) -> dict[str, float]:
+        batch = self.collect(self.state.epoch, keeper)
+        metrics = summary(batch) | self.update(batch, keeper=keeper)
+        epoch = self.collection.epoch(self.state.epoch)
+        needed = self.collection.needed(epoch, len(self.trained_steps(epoch.path)), self.needs_reference())
+        metrics |= keeper.costs(needed)
+        self.state.epoch, seen = self.state.epoch + 1, self.state.seen
+        self.state.part, self.state.buffer, self.state.seen = 0, {}, []
+        self.state.rows, self.state.seconds = Rows(), {}
+        run.log(self.state.epoch, metrics)
+        self._log_histograms(run, batch, seen)
+        if not self._evaluation_due():
+            keeper.poll()
+        return metrics
+
+    def _log_histograms(self, run: Run, batch: Batch, seen: list[dict[str, Any]]) -> None:
+        known = batch.advantages[batch.weights > 0]
+        limit = max(float(known.abs().max()), 1e-6)
+        counts = histogram(known, limit)
+        run.log_histogram(self.state.epoch, "advantages", -limit, limit, [int(count) for count in counts])
+        if "log_ratio" in self.watched():
+            limit, counts = self.ratio_limit(), torch.tensor([row["counts"] for row in seen]).sum(0)
+            run.log_histogram(self.state.epoch, "log_ratio", -limit, limit, counts.tolist())
+
+    def _evaluation_due(self) -> bool:
+        epoch, history = self.state.epoch, self.state.history
+        due = epoch % self.evaluation.every == 0 or epoch == self.epochs
+        return self.evaluator.prompts is not None and due and (not history or history[-1]["epoch"] < epoch)
+
+    def _evaluate(self, run: Run, keeper: Keeper) -> None:
+        if not self._evaluation_due():
+            return
         with self.optimizer.averaged():
-            metrics = evaluator.run(run, self.state.epoch)
-            if metrics is None:
-                self.model.save(run.folder / "lora")
-                return
-            score = metrics["held-out"]
-            self.state.history.append({"epoch": self.state.epoch, **metrics})
-            if self.state.best is None or score > self.state.best:
-                self.state.best, self.state.best_epoch = score, self.state.epoch
-            evaluator.keep(run, self.state.epoch, self.state.best_epoch)
+            metrics = self.evaluator.run(run, self.state.epoch, keeper.asked)
+        if metrics is None:
+            keeper.stop()
+            return
+        self.model.meter.take()
+        score = metrics["held-out"]
+        self.state.history.append({"epoch": self.state.epoch, **metrics})
+        if self.state.best is None or score > self.state.best:
+            self.state.best, self.state.best_epoch = score, self.state.epoch
+        self.evaluator.retire(run, self.state.epoch, self.state.best_epoch)
+        keeper.save()
+        keeper.poll()
 
-    def collect(self, epoch: int) -> Batch:
+    def collect(self, number: int, keeper: Keeper | None = None) -> Batch:
         """Rollouts, scores and advantages of one epoch; a function of policy, seed and epoch."""
-        sampling = self.sampling
-        path = sampling.plan.resolve(sampling.steps, epoch, self.seed)
-        chosen = epoch_prompts(len(self.prompts), sampling.groups, epoch, self.seed)
-        fanned = path.branch is not None
-        members = sampling.group_size if fanned else 1
-        rows = [(group, member) for group in range(sampling.groups) for member in range(sampling.group_size // members)]
-        parts = [
-            self._collect_rows(epoch, path, [*micro], chosen, members) for micro in _chunks(rows, sampling.batch_size)
-        ]
-        steps = tuple(join_steps(same) for same in zip(*(steps for steps, _ in parts), strict=True))
-        scores = join_scores([scores for _, scores in parts])
-        group_ids = torch.arange(sampling.groups).repeat_interleave(sampling.group_size)
-        advantages, weights = self._valid_credit(scores, group_ids, epoch)
-        texts = tuple(self.prompts.text[chosen[group]] for group, _ in rows)
-        return Batch(path, texts, steps, scores, group_ids, advantages, weights)
+        epoch = self.collection.epoch(number)
+        if keeper is None:
+            self.state.buffer = {}
+        mine, buffer = self.collection.mine(epoch), self.state.buffer
+        for turn in range(-(-self.collection.micro_batches(epoch) // world_size())):
+            if keeper is not None and not self.state.part:
+                keeper.poll()
+            if turn < len(mine) and mine[turn] not in buffer:
+                buffer[mine[turn]] = self.collection.collect(epoch, mine[turn])
+                self.state.spend(self.model.meter)
+        return self._batch(epoch, mine)
 
-    def _collect_rows(
-        self, epoch: int, path: Path, rows: list[tuple[int, int]], chosen: list[int], members: int
-    ) -> tuple[tuple[Step, ...], Scores]:
-        """One micro-batch, padded to the shape of the others so that its replay can have it too."""
-        real = len(rows)
-        padded = rows + [rows[-1]] * (self.sampling.batch_size - real)
-        shape, shared = self.model.latent_shape, members > 1
-        samples = [(g, m) for g, first in padded for m in range(first, first + members)]
-
-        def step_noise(step: int) -> Tensor:
-            return torch.stack([key_noise(self.seed, "step", epoch, g, m, step, shape=shape) for g, m in samples])
-
-        start = torch.stack(
-            [key_noise(self.seed, "start", epoch, g, -1 if shared else m, shape=shape) for g, m in padded]
-        )
-        made = rollout(
-            self.model,
-            self.model.encode([self.prompts.text[chosen[group]] for group, _ in padded]),
-            start.to(self.model.device),
-            self.sigmas,
-            path,
-            self.policy,
-            step_noise,
-            members,
-            self.sampling.rows_per_call,
-        )
-        kept = real * members
-        pixels = self.decode(made.latents[:kept])
-        scores = self.reward.score(Media(pixels), self.prompts.rows([chosen[group] for group, _ in samples[:kept]]))
-        return tuple(step.rows(torch.arange(real)) for step in made.steps), detached(scores)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures of latents, `rows_per_call` at a time."""
-        return torch.cat([self.model.decode(part) for part in latents.split(self.sampling.rows_per_call)])
+    def _batch(self, epoch: Epoch, mine: range) -> Batch:
+        rows, parts = self.collection.rows_of(epoch, mine), [self.state.buffer[index] for index in mine]
+        samples = range(rows.start * epoch.members, rows.stop * epoch.members)
+        group_ids = torch.arange(self.sampling.groups).repeat_interleave(self.sampling.group_size)
+        scores = gather_scores([part.scores for part in parts], samples, len(group_ids))
+        advantages, weights = self._valid_credit(scores, group_ids, epoch.number)
+        texts = tuple(self.collection.text(epoch, row) for row in range(len(epoch.rows)))
+        return Batch(
+            epoch.path, torch.tensor([*rows], dtype=torch.int64), texts, join_steps_of(parts), scores, group_ids,
+            advantages, weights,
+        )  # fmt: skip
 
     def _valid_credit(self, scores: Scores, group_ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         invalid = int((~scores.valid).sum())
-        if invalid and self.on_invalid == "stop":
+        if invalid and (self.on_invalid == "stop" or invalid == len(scores)):
             raise ValueError(
                 f"{invalid} of {len(scores)} scores of epoch {epoch} are not valid; "
                 "mend the reward, or set on_invalid: drop"
@@ -192,70 +257,10 @@ class Trainer(ABC):
         advantages[known] = credited
         return advantages, known.float()
 
-    def update(self, batch: Batch, order: Int[Tensor, " p"] | None = None) -> dict[str, float]:
-        """One pass over the batch in `updates_per_epoch` optimizer steps.
-
-        Each step's loss is divided once, by its weighted number of samples times trained steps over all processes.
-
-        Args:
-            order: the order in which rows are taken; by default drawn from the seed and the epoch.
-        """
-        rows = len(batch.texts)
-        if order is None:
-            drawn = key_generator(self.seed, "update_order", self.state.epoch).permutation(rows)
-            order = torch.from_numpy(drawn)
-        watch: list[dict[str, Tensor]] = []
-        norms = []
-        for part in order.tensor_split(self.updates_per_epoch):
-            self._accumulate(batch, part, watch)
-            norms.append(self.optimizer.step())
-            self.state.updates += 1
-        means = {name: torch.stack([row[name] for row in watch]).mean().item() for name in (watch[0] if watch else ())}
-        return means | {"grad_norm": sum(norms) / len(norms), "lr": self.optimizer.learning_rate}
-
-    def _accumulate(self, batch: Batch, rows: Int[Tensor, " p"], watch: list[dict[str, Tensor]]) -> None:
-        trained = self.trained_steps(batch.path)
-        members = batch.steps[0].members
-        total = batch.weights[expand_rows(rows, members)].sum() * len(trained)
-        sum_over_ranks([total])
-        if total == 0:
-            return
-        for micro in rows.split(self.sampling.batch_size):
-            padded = torch.cat([micro, micro[-1:].expand(self.sampling.batch_size - len(micro))])
-            weights = batch.weights[expand_rows(padded, members)].clone()
-            weights[len(micro) * members :] = 0
-            condition = self.model.encode([batch.texts[row] for row in padded.tolist()])
-            for at, step in enumerate(batch.steps):
-                if step.interval.index not in trained:
-                    continue
-                transition = batch.path.transitions[step.interval.index]
-                taken = step.rows(padded.to(step.latents.device))
-                advantages = batch.advantages[expand_rows(padded, members)]
-                advantages = advantages if advantages.ndim == 1 else advantages[:, at]
-                if not self.needs_reference() and not (advantages * weights).any():
-                    continue  # nothing to learn from: no call
-                reference = self._reference(taken, transition, condition)
-                new = replay(self.model, taken, transition, condition, self.policy)
-                device = new.log_probs.device
-                losses = self.loss(new, taken.log_probs, advantages.to(device), reference, step.interval)
-                self.optimizer.backward((losses * weights.to(device)).sum() / total.to(device))
-                watch.append(self.watch(new, taken.log_probs, reference, step.interval, weights.to(device)))
-
-    @torch.no_grad()
-    def _reference(self, step: Step, transition: Transition, condition: Condition) -> Replay | None:
-        if not self.needs_reference():
-            return None
-        with self.model.reference():
-            return replay(self.model, step, transition, condition, self.policy)
-
-    def watch(
-        self, new: Replay, old_log_probs: Tensor, reference: Replay | None, interval: Interval, weights: Tensor
-    ) -> dict[str, Tensor]:
-        """Numbers of one micro-batch to log."""
-        return {}
-
-
-def _chunks(rows: Sequence[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    walk = iter(rows)
-    while chunk := tuple(itertools.islice(walk, size)):
-        yield chunk
+    def update(
+        self, batch: Batch, order: Int[Tensor, " p"] | None = None, keeper: Keeper | None = None
+    ) -> dict[str, float]:
+        """One pass over the batch in `updates_per_epoch` optimizer steps; see `trainers.update.Update`."""
+        if keeper is None:
+            self.state.part, self.state.seen = 0, []
+        return Update(self, batch, keeper).run(order)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -43,11 +44,13 @@ class Sampling:
 class Batch:
     """What an epoch's update needs. A row is what one row of a trained network call holds: a sample, or a group.
 
-    texts: the prompt of each row. steps: all rows of every stochastic step. Scores and advantages are per sample,
-    samples contiguous by row; weights are 0 for samples without a valid score.
+    rows: the epoch's rows that this process holds, and steps: those rows of every stochastic step.
+    All else is of the whole epoch, on every process. texts: the prompt of each row. Scores and advantages are per
+    sample, samples contiguous by row; weights are 0 for samples without a valid score.
     """
 
     path: Path
+    rows: Int[Tensor, " r"]
     texts: tuple[str, ...]
     steps: tuple[Step, ...]
     scores: Scores
@@ -55,16 +58,10 @@ class Batch:
     advantages: Float[Tensor, b * t]
     weights: Float[Tensor, " b"]
 
-
-@dataclass
-class State:
-    """All that a run has become: whatever is not here can be computed again from the config."""
-
-    epoch: int = 0
-    updates: int = 0
-    best: float | None = None
-    best_epoch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
+    @property
+    def members(self) -> int:
+        """Samples per row."""
+        return len(self.group_ids) // len(self.texts)
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
@@ -98,5 +95,16 @@ def summary(batch: Batch) -> dict[str, float]:
         "reward_std_in_group": groups.std(1).mean().item(),
         "equal_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
         "invalid": float((~batch.scores.valid).sum()),
-        **{f"reward/{name}": value.mean().item() for name, value in known.parts.items()},
+        **{f"reward/{name}": value.nanmean().item() for name, value in known.parts.items()},
     }
+
+
+def score_rows(scores: Scores) -> list[dict[str, float | bool | None]]:
+    """A record for each sample, for people to read: a score that could not be had, or does not apply, is None."""
+    columns = {"total": scores.total, **scores.parts}
+    rows: list[dict[str, float | bool | None]] = []
+    for i, valid in enumerate(scores.valid.tolist()):
+        values = {name: float(column[i]) for name, column in columns.items()}
+        rows.append({name: value if valid and math.isfinite(value) else None for name, value in values.items()})
+        rows[-1]["valid"] = valid
+    return rows

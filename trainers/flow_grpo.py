@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.advantages import flow_grpo_advantages
 from flowalign.models.base import Model
-from flowalign.objectives import clipped_policy_loss, policy_diagnostics
+from flowalign.objectives import clipped_policy_loss
 from flowalign.records import Interval, Prompts, Scores
 from flowalign.rollout import LogProb, Policy, Replay
 from flowalign.schedules import AllSteps, Path
@@ -29,6 +28,7 @@ from rewards.base import Reward
 from trainers.base import Trainer
 from trainers.batch import Sampling
 from trainers.evaluation import Evaluation
+from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor, float, Interval, Reduce], Tensor]
@@ -40,11 +40,12 @@ class FlowGRPO(Trainer):
 
     Args:
         model: a diffusers pipeline, or an adapter of one with settings of its own (`flowalign.models`).
-        reward: any reward, or any callable (pictures [b, 3, h, w] in [0, 1], list of prompts) -> b scores.
+        reward: any reward, or any callable (media, prompts) -> b scores.
         prompts: texts, a file of them, or prompts with metadata.
         sampling: rollouts; see `Sampling`.
         optimizer: see `Optimizer`.
         evaluation: see `Evaluation`; without prompts of its own there is none.
+        checkpoints: see `Checkpoints`.
         epochs: rounds of sampling and updating.
         updates_per_epoch: optimizer steps made of each round's samples; only the first is exactly on-policy.
         clip_range: eps, of the ratio of log-probs in the reduction `reduce`.
@@ -54,7 +55,7 @@ class FlowGRPO(Trainer):
         step_fraction: share of the stochastic steps that are trained, counted from the first.
         log_prob, reduce: density of a step, and how it is reduced over a sample's elements.
         unconditional_grad: under guidance, whether gradient runs through the unconditional half too.
-        folder: where the run is written; must not hold one.
+        folder: where the run is written.
         seed: of all randomness.
         on_invalid: what to do about samples whose score is not valid: stop, or leave them out and count them.
         log_with: trackers through accelerate, none by default.
@@ -68,6 +69,7 @@ class FlowGRPO(Trainer):
         sampling: Sampling = Sampling(AllSteps(FlowSDE(0.7))),
         optimizer: Optimizer = Optimizer(),
         evaluation: Evaluation = Evaluation(),
+        checkpoints: Checkpoints = Checkpoints(),
         epochs: int = 100,
         updates_per_epoch: int = 2,
         clip_range: float = 1e-4,
@@ -92,8 +94,8 @@ class FlowGRPO(Trainer):
         self.advantages, self.step_fraction = advantages, step_fraction
         policy = Policy(sampling.guidance_scale, log_prob, reduce, unconditional_grad)
         super().__init__(
-            model, reward, prompts, sampling, policy, optimizer, evaluation, epochs, updates_per_epoch, folder, seed,
-            on_invalid, log_with,
+            model, reward, prompts, sampling, policy, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
+            folder, seed, on_invalid, log_with,
         )  # fmt: skip
 
     def loss(
@@ -122,16 +124,19 @@ class FlowGRPO(Trainer):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
-    @torch.no_grad()
+    def watched(self) -> tuple[str, ...]:
+        return ("log_ratio", "clip_fraction", "approx_kl", *(["kl"] if self.needs_reference() else []))
+
+    def ratio_limit(self) -> float:
+        return 4 * self.clip_range
+
     def watch(
-        self, new: Replay, old_log_probs: Tensor, reference: Replay | None, interval: Interval, weights: Tensor
-    ) -> dict[str, Tensor]:
-        seen = policy_diagnostics(new.log_probs, old_log_probs, self.clip_range, weights)
+        self, new: Replay, old_log_probs: Tensor, reference: Replay | None, interval: Interval
+    ) -> dict[str, Float[Tensor, " b"]]:
+        log_ratio = new.log_probs - old_log_probs
         numbers = {
-            "ratio_max": ((seen.ratio - 1).abs() * (weights > 0)).max(),
-            "clip_fraction": seen.clip_fraction,
-            "approx_kl": seen.approx_kl,
+            "log_ratio": log_ratio,
+            "clip_fraction": (log_ratio.expm1().abs() > self.clip_range).float(),
+            "approx_kl": log_ratio.square() / 2,
         }
-        if reference is not None:
-            numbers["kl"] = (self._kl(new, reference, interval) * weights).sum() / weights.sum()
-        return {name: value.cpu() for name, value in numbers.items()}
+        return numbers if reference is None else numbers | {"kl": self._kl(new, reference, interval)}

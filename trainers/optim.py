@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.distributed import sum_over_ranks
+from trainers.state import State
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Optimizer:
     warmup: optimizer steps over which the learning rate rises linearly from 0.
     decay: optimizer steps after the warm-up over which it falls linearly to 0; 0 for never.
     max_grad_norm: the global norm that gradients are clipped to.
+    max_skipped: steps in a row that may be left out for a loss or gradient that is not finite; one more stops the run.
     ema_decay, ema_every: every `ema_every` optimizer steps the averaged weights move by 1 - min((1 + n) / (10 + n),
         ema_decay) towards the policy's, n the number of optimizer steps so far; evaluation and saving take the average.
         0 for no average.
@@ -33,6 +36,7 @@ class Optimizer:
     warmup: int = 0
     decay: int = 0
     max_grad_norm: float = 1.0
+    max_skipped: int = 3
     ema_decay: float = 0.9
     ema_every: int = 8
     eight_bit: bool = False
@@ -40,8 +44,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.max_grad_norm <= 0:
             raise ValueError("optimizer.learning_rate and optimizer.max_grad_norm must be positive")
-        if self.warmup < 0 or self.decay < 0:
-            raise ValueError("optimizer.warmup and optimizer.decay must be at least 0")
+        if min(self.warmup, self.decay, self.max_skipped) < 0:
+            raise ValueError("optimizer.warmup, optimizer.decay and optimizer.max_skipped must be at least 0")
         if not 0 <= self.ema_decay < 1 or self.ema_every < 1:
             raise ValueError(
                 f"optimizer.ema_decay must lie in [0, 1), got {self.ema_decay}, and ema_every be at least 1"
@@ -58,7 +62,7 @@ class PolicyOptimizer:
             raise ValueError("the model has no trainable parameters")
         self._device = values[0].device
         self.adamw = _adamw(values, settings)
-        self.average = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else None
+        self.average = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else {}
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=fp16)
 
     @property
@@ -74,30 +78,71 @@ class PolicyOptimizer:
         """Add the loss's gradient to what is there."""
         self.scaler.scale(loss).backward()
 
-    def step(self) -> float:
-        """Sum gradients over processes, clip, step, average; returns the gradient's norm before clipping."""
+    def discard(self) -> None:
+        """Forget the gradients so far."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def step(self, sums: Sequence[Tensor] = ()) -> float:
+        """Sum gradients over processes, clip, step, average; returns the gradient's norm before clipping.
+
+        A norm that is not finite is the same on every process, and means that the step was left out.
+
+        Args:
+            sums: tensors to be summed over processes in the same exchange.
+        """
         values = list(self.parameters.values())
         for value in values:  # a micro-batch with nothing to learn made none, on this process or at all
             value.grad = torch.zeros_like(value) if value.grad is None else value.grad
+        sum_over_ranks([*(value.grad for value in values if value.grad is not None), *sums])
         self.scaler.unscale_(self.adamw)
-        sum_over_ranks(value.grad for value in values if value.grad is not None)
-        norm = nn.utils.clip_grad_norm_(values, self.settings.max_grad_norm)
+        norm = float(nn.utils.clip_grad_norm_(values, self.settings.max_grad_norm))
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate
-        self.scaler.step(self.adamw)
+        if math.isfinite(norm):
+            self.scaler.step(self.adamw)
+            self._count()
         self.scaler.update()
-        self.adamw.zero_grad(set_to_none=True)
+        self.discard()
+        return norm
+
+    def _count(self) -> None:
         self.steps += 1
-        if self.average is not None and self.steps % self.settings.ema_every == 0:
+        if self.average and self.steps % self.settings.ema_every == 0:
             decay = min((1 + self.steps) / (10 + self.steps), self.settings.ema_decay)
             for name, value in self.parameters.items():
                 self.average[name].lerp_(value.detach(), 1 - decay)
-        return float(norm)
+
+    def scaling_down(self) -> bool:
+        """Whether a gradient that is not finite is the loss scale's own doing: fp16, and it can still be lowered."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    def capture(self, state: State) -> None:
+        """Put all that the optimizer is into the record."""
+        state.policy = {name: value.detach() for name, value in self.parameters.items()}
+        state.average, state.steps, state.scaler = self.average, self.steps, self.scaler.state_dict()
+        held = self.adamw.state
+        state.moments = {name: dict(held[value]) for name, value in self.parameters.items() if value in held}
+
+    def restore(self, state: State) -> None:
+        """Become what the record says.
+
+        Raises: ValueError where it has other parameters.
+        """
+        for name, value in self.parameters.items():
+            if name not in state.policy or state.policy[name].shape != value.shape:
+                raise ValueError(f"the checkpoint's policy has no {name} of shape {list(value.shape)}")
+        self._set(state.policy)
+        self.average = {name: value.to(self._device) for name, value in state.average.items()}
+        self.steps = state.steps
+        self.scaler.load_state_dict(state.scaler)
+        numbers = {name: i for i, name in enumerate(self.parameters)}
+        moments = {numbers[name]: held for name, held in state.moments.items()}
+        self.adamw.load_state_dict({"state": moments, "param_groups": self.adamw.state_dict()["param_groups"]})
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """While entered, the policy's weights are their average."""
-        if self.average is None:
+        if not self.average:
             yield
             return
         kept = {name: value.detach().clone() for name, value in self.parameters.items()}

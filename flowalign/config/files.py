@@ -76,7 +76,8 @@ def _quoted(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 _Loader.add_constructor(
-    "tag:yaml.org,2002:float", lambda loader, node: float(node.value.replace(".inf", "inf").lower())
+    "tag:yaml.org,2002:float",
+    lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
 )
 _Dumper.add_representer(str, _quoted)
 

@@ -1,0 +1,170 @@
+"""The same run on any number of processes: rollouts bit for bit, policies but for the order of addition."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flowalign import distributed
+from flowalign.distributed import share
+from flowalign.schedules import AllSteps, FanOut
+from flowalign.transitions import FlowSDE
+from tests import processes
+from tests.jobs import job, rows
+from trainers import Optimizer, Sampling
+
+GENTLE = Optimizer(
+    3e-4,  # the default: AdamW moves what has no gradient but rounding by up to its learning rate
+    ema_decay=0.5,
+    ema_every=1,
+)
+FANNED = Sampling(FanOut(FlowSDE(0.7), (1,)), 5, 4, batch_size=2, rows_per_call=4, steps=3, guidance_scale=2.0)
+UNEVEN = Sampling(AllSteps(FlowSDE(0.7)), 3, 3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+
+
+def first_rollout(folder: Path, sampling: Sampling, rank: int = 0) -> dict[str, Any]:
+    batch = job(folder, sampling=sampling).collect(0)
+    steps = [(step.latents_next.numpy(), step.log_probs.numpy()) for step in batch.steps]
+    return {
+        "rows": batch.rows.tolist(),
+        "steps": steps,
+        "rewards": batch.scores.total.numpy(),
+        "advantages": batch.advantages.numpy(),
+    }
+
+
+@pytest.mark.parametrize("sampling", [UNEVEN, FANNED], ids=["uneven", "fanned"])
+def test_the_first_rollout_is_bit_equal(sampling, tmp_path):
+    """9 rows in micro-batches of 2, or 5 groups in micro-batches of 2, on 1, 2, 3 and 5 processes."""
+    work = functools.partial(first_rollout, tmp_path / "run", sampling)
+    (alone,) = processes.run(1, tmp_path, work)
+    for world in (2, 3, 5):
+        found = processes.run(world, tmp_path, work)
+        assert [row for one in found for row in one["rows"]] == alone["rows"]
+        for one in found:
+            assert np.array_equal(one["rewards"], alone["rewards"])
+            assert np.array_equal(one["advantages"], alone["advantages"])
+        held = [one for one in found if one["rows"]]
+        for at, (latents, log_probs) in enumerate(alone["steps"]):
+            assert np.array_equal(np.concatenate([one["steps"][at][0] for one in held]), latents)
+            assert np.array_equal(np.concatenate([one["steps"][at][1] for one in held]), log_probs)
+
+
+def policy(folder: Path, changes: dict[str, Any], rank: int = 0) -> dict[str, Any]:
+    trainer = job(folder, optimizer=GENTLE, **changes)
+    trainer.train()
+    return {name: value.detach().numpy() for name, value in trainer.model.trainable().items()}
+
+
+@pytest.mark.parametrize("sampling", [UNEVEN, FANNED], ids=["uneven", "fanned"])
+def test_six_updates_come_to_the_same_policy(sampling, tmp_path):
+    """Within 1e-6, at a learning rate at which they move it by more than 1e-3; and to the same metrics."""
+    start = {name: value.detach().numpy() for name, value in job(tmp_path / "x").model.trainable().items()}
+    (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", {"sampling": sampling}))
+    assert max(np.abs(alone[name] - start[name]).max() for name in alone) > 1e-3
+    for world in (2, 3, 5):
+        folder = tmp_path / str(world)
+        found = processes.run(world, tmp_path, functools.partial(policy, folder, {"sampling": sampling}))
+        for one in found:
+            assert all(np.array_equal(one[name], found[0][name]) for name in one)  # exactly replicated
+            assert max(np.abs(one[name] - alone[name]).max() for name in one) <= 1e-6
+        for row, same in zip(rows(folder), rows(tmp_path / "1"), strict=True):
+            kept = [name for name in same if not name.startswith("rows/")]  # padding depends on the split
+            assert {name: row[name] for name in kept} == pytest.approx({n: same[n] for n in kept}, abs=1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [8, 4, 3])
+def test_accumulation_changes_nothing_under_a_smooth_reward(size, tmp_path):
+    """8 samples an optimizer step, in 1, 2 and 4 micro-batches; and in micro-batches of 3 with padding."""
+
+    def sampled(batch_size: int) -> dict[str, Any]:
+        plan = AllSteps(FlowSDE(0.7))
+        return {"sampling": Sampling(plan, 2, 8, batch_size=batch_size, rows_per_call=8, steps=3, guidance_scale=2.0)}
+
+    whole = policy(tmp_path / "2", sampled(2))
+    other = policy(tmp_path / str(size), sampled(size))
+    assert max(np.abs(other[name] - whole[name]).max() for name in whole) <= 1e-6
+
+
+def test_shares_leave_nothing_out_and_differ_by_one():
+    for total, world in itertools.product(range(40), range(1, 34)):
+        shares = [share(total, rank, world) for rank in range(world)]
+        assert [unit for one in shares for unit in one] == [*range(total)]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def exchange(rank: int) -> tuple[list[float], list[float], list[str]]:
+    one, two = torch.arange(3.0) + rank, torch.full((2, 2), 10.0**rank)
+    distributed.sum_over_ranks([one, two])
+    return (
+        [*one.tolist(), *two.flatten().tolist()],
+        distributed.largest([rank, -rank]),
+        distributed.gather_text("ab" * rank),
+    )
+
+
+def test_sums_largest_values_and_texts_reach_every_process(tmp_path):
+    for found in processes.run(3, tmp_path, exchange):
+        assert found == ([3.0, 6.0, 9.0, *[111.0] * 4], [2.0, 0.0], ["", "ab", "abab"])
+
+
+def failing(rank: int) -> str:
+    def fail() -> None:
+        if rank == 1:
+            raise ValueError("no room for it")
+
+    try:
+        distributed.together(fail)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "went on"
+
+
+def test_what_fails_on_one_process_is_raised_on_all(tmp_path):
+    found = processes.run(3, tmp_path, failing)
+    assert found[1] == "ValueError: no room for it"
+    assert found[0] == found[2] == "LostProcess: process 1: no room for it"
+
+
+def uneven_reward(media: Any, prompts: Any) -> Tensor:
+    return torch.rand(len(media))
+
+
+def random_scores(folder: Path, rank: int = 0) -> Any:
+    return job(folder, reward=uneven_reward).collect(1).scores.total.numpy()
+
+
+def test_a_reward_that_draws_random_numbers_does_not_depend_on_the_split(tmp_path):
+    (alone,) = processes.run(1, tmp_path, functools.partial(random_scores, tmp_path / "run"))
+    assert len({*alone.tolist()}) == len(alone)
+    for one in processes.run(3, tmp_path, functools.partial(random_scores, tmp_path / "run")):
+        assert np.array_equal(one, alone)
+
+
+@pytest.mark.parametrize(
+    ("environ", "places"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}, (5, 6, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, (0, 1, 0)),  # the batch script itself, not a step of srun
+    ],
+)
+def test_launchers_tell_who_is_who(environ, places):
+    assert distributed._places(environ) == places
+
+
+def test_processes_that_have_not_met_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"call flowalign\.distributed\.start"):
+        job(tmp_path / "run")
+    with pytest.raises(ValueError, match="without MASTER_ADDR"):
+        distributed.start({"RANK": "1", "WORLD_SIZE": "2"})

@@ -1,0 +1,249 @@
+"""Keeping a run: checkpoints at safe points, stopping on a signal, and going on from the newest that verifies."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flowalign import checkpoint
+from flowalign.accounting import Rows
+from flowalign.config import load_yaml
+from flowalign.distributed import gather_text, largest, on_main, rank, sum_over_ranks
+from flowalign.interrupt import Stopped
+from flowalign.tracking import Run, write_atomically
+from trainers.state import State
+
+if TYPE_CHECKING:
+    from trainers.base import Trainer
+
+MARKER = "PREEMPTED"  # in the run folder, for a job script: the run was told to stop and can go on
+FREE = ("folder", "epochs", "log_with", "checkpoints", "evaluation.pictures")  # may change when a run goes on
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """When to save all that a run has become, so that the same command goes on from there.
+
+    every: optimizer steps between two; 0 for none by count.
+    minutes: a checkpoint is due when the last is older, also amid the rollouts of an epoch; 0 for none by time.
+    keep: how many of the newest stay, besides that of the best policy.
+
+    Each evaluation, a stop and the end save too.
+    """
+
+    every: int = 0
+    minutes: float = 10.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.minutes < 0 or self.keep < 1:
+            raise ValueError(
+                f"checkpoints.every and checkpoints.minutes must be at least 0 and checkpoints.keep at least 1; "
+                f"got {self.every}, {self.minutes} and {self.keep}"
+            )
+
+
+class Keeper:
+    """Saves and restores a trainer's record in its run folder; every method is called by all processes together."""
+
+    def __init__(self, trainer: Trainer, run: Run, config: Mapping[str, Any] | None, settings: Checkpoints) -> None:
+        self.trainer, self.run, self.config, self.settings = trainer, run, config, settings
+        self.folder = run.folder / "checkpoints"
+        self._broken: set[str] = set()
+        self._saved = time.monotonic()
+
+    def poll(self) -> None:
+        """A safe point: stop if a signal asked any process to, save if a checkpoint is due."""
+        late = self.settings.minutes > 0 and time.monotonic() - self._saved > 60 * self.settings.minutes
+        asked, due = largest([self.trainer.stop.asked, rank() == 0 and (late or self._at_interval())])
+        if asked:
+            self.stop()
+        if due:
+            self.save()
+
+    def asked(self) -> bool:
+        """Whether a signal asked any process to stop."""
+        return largest([self.trainer.stop.asked])[0] > 0
+
+    def stop(self) -> None:
+        """Save and leave. Raises: Stopped."""
+        number = int(largest([self.trainer.stop.asked])[0])
+        path, name = self.save(), signal.Signals(number).name
+        message = f"stopped by {name}; all is saved in {path}; run the same command again to go on"
+        self.run.note("stop", message)
+        if number != signal.SIGINT:
+            on_main(lambda: write_atomically(self.run.folder / MARKER, f"{name}\n".encode()))
+        raise Stopped(number, message)
+
+    def _at_interval(self) -> bool:
+        state = self.trainer.state
+        done = state.epoch * self.trainer.updates_per_epoch + state.part
+        between = state.part > 0 or not state.buffer
+        return self.settings.every > 0 and between and done > 0 and done % self.settings.every == 0
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present record; returns its path."""
+        trainer, state = self.trainer, self.trainer.state
+        with trainer.model.meter.phase("checkpoint"):
+            trainer.optimizer.capture(state)
+            state.logs, state.clock = self.run.written(), self.run.seconds
+            shared, own = state.trees()
+            path = checkpoint.save(
+                self.folder, self._name(), shared | {"facts": self._facts()}, own, self._save_policy, self._kept
+            )
+        self._saved = time.monotonic()
+        on_main(self._publish)
+        return path
+
+    def _save_policy(self, folder: Path) -> None:
+        with self.trainer.optimizer.averaged():
+            self.trainer.model.save(folder / "lora")
+
+    def _name(self) -> str:
+        """One name for each place in a run, in the order of the run."""
+        state = self.trainer.state
+        held = torch.tensor([len(state.buffer)])
+        sum_over_ranks([held])
+        name = self._step(state.epoch, state.part)
+        if int(held) and not state.part:
+            return f"{name}-rollout-{int(held):06d}"
+        evaluated = not state.part and state.history and state.history[-1]["epoch"] == state.epoch
+        return f"{name}-evaluated" if evaluated else name
+
+    def _step(self, epoch: int, part: int) -> str:
+        return f"step-{epoch * self.trainer.updates_per_epoch + part:08d}"
+
+    def _best(self) -> str | None:
+        best = self.trainer.state.best_epoch
+        return None if self.trainer.state.best is None else f"{self._step(best, 0)}-evaluated"
+
+    def _kept(self) -> set[str]:
+        good = [name for name in checkpoint.names(self.folder) if name not in self._broken]
+        return {*good[-self.settings.keep :], *([best] if (best := self._best()) else [])}
+
+    def _publish(self) -> None:
+        """Leave the best policy, or the newest where none is evaluated, in `lora/`."""
+        there = checkpoint.names(self.folder)
+        name = self._best() or (there[-1] if there else None)
+        if name not in there:
+            return
+        (self.run.folder / "lora").mkdir(exist_ok=True)
+        for file in (self.folder / name / "lora").iterdir():
+            write_atomically(self.run.folder / "lora" / file.name, file.read_bytes())
+        if self.trainer.state.best is not None:
+            told = {"epoch": self.trainer.state.best_epoch, "held-out": self.trainer.state.best}
+            write_atomically(self.run.folder / "best.json", json.dumps(told).encode())
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        trainer = self.trainer
+        told = json.dumps([trainer.prompts.text, trainer.prompts.metadata], default=repr)
+        facts: dict[str, Any] = {
+            "prompts": {"count": len(trainer.prompts), "sha256": sha256(told.encode()).hexdigest()},
+            "seed": trainer.seed,
+            "updates_per_epoch": trainer.updates_per_epoch,
+        }
+        return facts | ({"config": dict(self.config)} if self.config is not None else {})
+
+    def resume(self, allow_change: Sequence[str]) -> None:
+        """Put the trainer where the newest checkpoint that verifies was; without any checkpoint, at the start.
+
+        Raises: ValueError where none verifies, where it is of a newer format, or of a run with another config.
+        """
+        found: list[Path] = []
+
+        def look() -> None:
+            checkpoint.sweep(self.folder)
+            path, problems = checkpoint.newest(self.folder)
+            for problem in problems:
+                self._tell("skip", f"skipped {problem}")
+            if path is None and problems:
+                raise ValueError(
+                    f"no checkpoint in {self.folder} can be read ({'; '.join(problems)}); "
+                    "move the run's folder away to start anew"
+                )
+            self._broken = {Path(problem.split(": ")[0]).name for problem in problems}
+            found.extend([path] if path is not None else [])
+
+        on_main(look)
+        name = gather_text(str(found[0]) if found else "")[0]
+        if name:
+            self._restore(Path(name), allow_change)
+        else:
+            self._check_config(self._known_config(), allow_change)
+            self.run.rewind({}, 0.0)
+        if self.config is not None:
+            self.run.configure(self.config)
+        if rank() == 0:
+            (self.run.folder / MARKER).unlink(missing_ok=True)
+
+    def _known_config(self) -> Mapping[str, Any]:
+        """The config of a run that was stopped before its first checkpoint."""
+        path = self.run.folder / "config.yaml"
+        return {"config": load_yaml(path)} if path.is_file() else {}
+
+    def _restore(self, path: Path, allow_change: Sequence[str]) -> None:
+        trainer = self.trainer
+        shared, own = checkpoint.load(path)
+        self._check_config(shared.pop("facts"), allow_change)
+        epoch = trainer.collection.epoch(shared["epoch"])
+        state = State.from_trees(shared, own, trainer.collection.mine(epoch), rank() == 0)
+        trainer.state = state
+        trainer.optimizer.restore(state)
+        self.run.rewind(state.logs, state.clock)
+        self._saved = time.monotonic()
+        on_main(self._publish)
+        if state.epoch >= trainer.epochs:
+            self._tell("resume", f"{self.run.folder} has finished its {trainer.epochs} epochs; more --epochs go on")
+        else:
+            self._tell("resume", f"going on from {path}, epoch {state.epoch} of {trainer.epochs}")
+
+    def _check_config(self, known: Mapping[str, Any], allow_change: Sequence[str]) -> None:
+        facts = json.loads(json.dumps(self._facts()))
+        known = dict(known)
+        if not ("config" in known and "config" in facts):
+            known.pop("config", None)
+            facts.pop("config", None)
+        changed = checkpoint.told_apart(known, {name: facts.get(name) for name in known})
+        names = [name.removeprefix("config.") for name in changed]
+        free = (*FREE, *allow_change)
+        names = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in free)]
+        if names:
+            raise ValueError(
+                f"{self.run.folder} holds a run with another {', '.join(names)}; name another --folder, "
+                f"or go on all the same with --allow-change {names[0]}"
+            )
+
+    def _tell(self, event: str, message: str) -> None:
+        self.run.note(event, message)
+        if rank() == 0:
+            print(f"flowalign: {message}", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """The run's last checkpoint."""
+        if not self.folder.is_dir() or self._name() not in checkpoint.names(self.folder):
+            self.save()
+        self.run.note("finish", f"{self.trainer.state.epoch} epochs")
+
+    def costs(self, needed: Rows) -> dict[str, float]:
+        """The epoch's network rows over all processes, the fewest possible, and seconds of the first by phase."""
+        state = self.trainer.state
+        spent = torch.tensor([state.rows.forward, state.rows.gradient])
+        sum_over_ranks([spent])
+        seconds = {f"time/{name}": round(value, 4) for name, value in sorted(state.seconds.items())}
+        return {
+            "rows/forward": int(spent[0]),
+            "rows/gradient": int(spent[1]),
+            "floor/forward": needed.forward,
+            "floor/gradient": needed.gradient,
+            **seconds,
+        }

@@ -1,0 +1,86 @@
+"""The one record of what a run has become, and its way into a checkpoint and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from flowalign.accounting import Meter, Rows
+from flowalign.records import Interval, Scores, Step
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A scored micro-batch of rollouts, without its padding."""
+
+    steps: tuple[Step, ...]
+    scores: Scores
+
+
+@dataclass
+class State:
+    """All that a run has become: whatever is not here is a function of the config.
+
+    epoch: epochs finished. part: optimizer steps of the present epoch that are done.
+    seen: the numbers of each of those. buffer: the present epoch's micro-batches that this process has collected.
+    skipped: optimizer steps left out in a row. best, best_epoch: of the held-out metric. history: all evaluations.
+    rows, seconds: the present epoch's costs so far, on this process.
+    clock: seconds since the run's start. logs: sizes of its logs in bytes.
+    policy, average, moments, steps, scaler: the optimizer's, see `trainers.optim.PolicyOptimizer`.
+    """
+
+    epoch: int = 0
+    part: int = 0
+    skipped: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    clock: float = 0.0
+    steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    logs: dict[str, int] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: Rows = Rows()
+    buffer: dict[int, Collected] = field(default_factory=dict)
+
+    def trees(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What all processes share, and what is this one's own."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {"rows": held.pop("rows"), "buffer": held.pop("buffer")}
+        return held, own
+
+    def spend(self, meter: Meter) -> None:
+        """Take over what the meter has counted since the last time."""
+        _, rows, seconds = meter.take()
+        self.rows += rows
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    @classmethod
+    def from_trees(cls, shared: Mapping[str, Any], own: Sequence[Mapping[str, Any]], mine: range, first: bool) -> State:
+        """The record again, for any number of processes.
+
+        Args:
+            own: what each of the processes held that wrote the checkpoint.
+            mine: the micro-batches that are this process's now. first: whether it is the first one, which takes over
+                the costs so far.
+        """
+        buffers = {int(index): tree for one in own for index, tree in one["buffer"].items()}
+        spent = sum((Rows(**one["rows"]) for one in own), Rows()) if first else Rows()
+        kept = {index: _collected(buffers[index]) for index in mine if index in buffers}
+        return cls(**shared, rows=spent, buffer=kept)
+
+
+def _collected(tree: Mapping[str, Any]) -> Collected:
+    steps = tuple(
+        Step(Interval(**one["interval"]), one["latents"], one["latents_next"], one["log_probs"])
+        for one in tree["steps"]
+    )
+    return Collected(steps, Scores(**tree["scores"]))

@@ -1,0 +1,131 @@
+"""What is seen of one optimizer step: means over its samples, the largest ratio, and samples that went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowalign.distributed import largest
+from flowalign.tracking import json_lines, write_atomically
+from trainers.batch import Batch
+
+BINS = 40
+
+
+def histogram(values: Float[Tensor, " n"], limit: float) -> Float[Tensor, " bins"]:
+    """Counts in `BINS` equal bins of [-limit, limit]; what lies outside counts in the bins at the ends."""
+    known = values.detach().float().flatten()
+    return torch.histc(known[~known.isnan()].clamp(-limit, limit), BINS, -limit, limit)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The losses of one step of a micro-batch: of which samples of the epoch, and at which step."""
+
+    samples: Int[Tensor, " b"]
+    step: int
+    values: Float[Tensor, " b"]
+
+
+class Watch:
+    """Sums over the micro-batches of one optimizer step, on this process until `sums` has been added up over all.
+
+    Args:
+        names: of the numbers that `add` gets. limit: of the log-ratio's histogram.
+    """
+
+    def __init__(self, names: Sequence[str], limit: float, device: torch.device) -> None:
+        self.names, self.limit, self.losses = tuple(names), limit, list[Loss]()
+        self._sums = torch.zeros(len(self.names) + 1, device=device)  # the last one is the weights'
+        self._counts = torch.zeros(BINS, device=device)
+        self._bad = torch.zeros(1, device=device)
+        self._furthest = torch.zeros((), device=device)
+
+    def add(
+        self,
+        numbers: dict[str, Float[Tensor, " b"]],
+        losses: Float[Tensor, " b"],
+        weights: Float[Tensor, " b"],
+        samples: Int[Tensor, " b"],
+        step: int,
+    ) -> None:
+        """One step of one micro-batch; what has weight 0 is padding or left out."""
+        real = weights > 0
+        weights = weights.to(self._sums.device)
+        for i, name in enumerate(self.names):
+            self._sums[i] += (numbers[name] * weights).sum()
+        self._sums[-1] += weights.sum()
+        kept = losses.detach()[real.to(losses.device)]
+        self.losses.append(Loss(samples[real], step, kept))
+        self._bad += (~kept.isfinite()).sum()
+        if "log_ratio" in self.names:
+            ratios = numbers["log_ratio"][real.to(numbers["log_ratio"].device)]
+            self._counts += histogram(ratios, self.limit)
+            self._furthest = torch.maximum(self._furthest, ratios.expm1().abs().max())
+
+    def sums(self) -> list[Tensor]:
+        """What is to be added up over processes, in place."""
+        return [self._sums, self._counts, self._bad]
+
+    def any_bad(self) -> bool:
+        """Whether any sample of any process has a loss that is not finite."""
+        return bool(self._bad)
+
+    def means(self) -> dict[str, float]:
+        """The numbers' means over the samples of all processes; nan where there were none."""
+        total = float(self._sums[-1])
+        found = {name: float(self._sums[i]) / total if total else math.nan for i, name in enumerate(self.names)}
+        if "log_ratio" in found:
+            del found["log_ratio"]
+            found = {"ratio_max": largest([float(self._furthest)])[0]} | found
+        return found
+
+    def counts(self) -> list[int]:
+        """The log-ratio's histogram over the samples of all processes."""
+        return [int(count) for count in self._counts]
+
+    def bad(self) -> list[tuple[int, int, float]]:
+        """Sample, step and loss wherever the loss of this process is not finite."""
+        return [row for row in self.every() if not math.isfinite(row[2])]
+
+    def every(self) -> list[tuple[int, int, float]]:
+        """Sample, step and loss of all that this process has seen."""
+        return [
+            (int(sample), loss.step, float(value))
+            for loss in self.losses
+            for sample, value in zip(loss.samples, loss.values, strict=True)
+        ]
+
+
+def save_bad(folder: Path, name: str, watch: Watch, batch: Batch, most: int = 16) -> None:
+    """Write down the samples whose loss is not finite, or all where the gradient alone is not.
+
+    `name`.jsonl names them; `name`.safetensors holds the steps of the first `most` of their rows.
+    """
+    bad = watch.bad() or watch.every()
+    lines = [
+        {
+            "sample": sample,
+            "prompt": batch.texts[sample // batch.members],
+            "step": step,
+            "loss": str(loss),
+            "reward": str(float(batch.scores.total[sample])),
+        }
+        for sample, step, loss in bad
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}.jsonl", json_lines(lines))
+    rows = torch.tensor(sorted({sample // batch.members for sample, _, _ in bad})[:most], dtype=torch.int64)
+    held = {"rows": rows}
+    for step in batch.steps if len(rows) else ():
+        taken = step.rows((rows - batch.rows[0]).to(step.latents.device))
+        held[f"{step.interval.index}/latents"] = taken.latents.cpu().contiguous()
+        held[f"{step.interval.index}/latents_next"] = taken.latents_next.cpu().contiguous()
+    save_file(held, folder / f"{name}.safetensors")
