@@ -6,8 +6,6 @@ not depend on how the update is split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -68,36 +66,22 @@ def guard_ratio(
     return ((log_probs - old_log_probs.detach()) * std + mse / (2 * std)).exp()
 
 
-@dataclass(frozen=True)
-class PolicyDiagnostics:
-    """How far an update has moved the policy.
+def policy_diagnostics(log_probs: PerSample, old_log_probs: PerSample, clip_range: float) -> dict[str, PerSample]:
+    """How far an update has moved the policy, for each sample and without gradient.
 
-    ratio per sample; the shares of samples whose ratio is outside the clip range, above and below; approx_kl, half the
-    mean squared log-ratio (in the log-probs' reduction).
-    """
-
-    ratio: PerSample
-    clip_fraction: Float[Tensor, ""]
-    clip_fraction_above: Float[Tensor, ""]
-    clip_fraction_below: Float[Tensor, ""]
-    approx_kl: Float[Tensor, ""]
-
-
-def policy_diagnostics(
-    log_probs: PerSample, old_log_probs: PerSample, clip_range: float, weights: PerSample | None = None
-) -> PolicyDiagnostics:
-    """Diagnostics of `clipped_policy_loss`, without gradient.
+    log_ratio; clip_above and clip_below, 1 where the ratio is outside the clip range on that side, and clip_fraction,
+    their sum; approx_kl, half the squared log-ratio (in the log-probs' reduction).
 
     Args:
         log_probs, old_log_probs, clip_range: as in `clipped_policy_loss`.
-        weights: of each sample in the averages, by default 1; padding has 0.
     """
-    weights = torch.ones_like(log_probs) if weights is None else weights
     log_ratio = (log_probs - old_log_probs).detach()
     ratio = log_ratio.exp()
-
-    def average(values: Tensor) -> Tensor:
-        return (weights * values).sum() / weights.sum()
-
-    above, below = average(ratio - 1 > clip_range), average(1 - ratio > clip_range)
-    return PolicyDiagnostics(ratio, above + below, above, below, average(log_ratio.square()) / 2)
+    above, below = (ratio - 1 > clip_range).float(), (1 - ratio > clip_range).float()
+    return {
+        "log_ratio": log_ratio,
+        "clip_fraction": above + below,
+        "clip_above": above,
+        "clip_below": below,
+        "approx_kl": log_ratio.square() / 2,
+    }

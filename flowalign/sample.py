@@ -14,11 +14,12 @@ from torch import Tensor
 from flowalign.config import ConfigError, build, load_yaml, override
 from flowalign.models.base import Model
 from flowalign.pictures import grid, to_images
+from flowalign.progress import Progress
 from flowalign.prompts import as_prompts
 from flowalign.randomness import key_noise
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
-from flowalign.tracking import Progress, write_atomically
+from flowalign.tracking import write_atomically
 from flowalign.transitions import ODE
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows on its way: the run folder, metrics, pictures, the progress line, trackers."""
+"""What a run leaves behind: the run folder, its logs and pictures, and what trackers get."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any, Literal, TextIO
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from flowalign import __version__
 from flowalign.config import dump_yaml
@@ -164,49 +163,6 @@ def environment() -> dict[str, Any]:
         "processes": world_size(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"],
     }
-
-
-class Progress:
-    """How far a run is: a bar on a terminal, elsewhere a line every `interval` seconds and one at the end.
-
-    Args:
-        total: steps of the whole run.
-        interval: seconds between lines where the output is no terminal.
-        done: steps that an earlier part of the run has made.
-
-    Only the first of many processes shows it.
-    """
-
-    def __init__(self, total: int, interval: float = 30.0, done: int = 0) -> None:
-        self.total, self.done, self.interval = total, done, interval
-        self._first, self._samples = done, 0
-        self._start = time.monotonic()
-        self._last_line = self._start - interval  # the first step is shown at once
-        self._live = sys.stderr.isatty() and rank() == 0
-        self._bar = tqdm(total=total, initial=done, disable=not self._live, unit="step", dynamic_ncols=True)
-
-    def update(self, samples: int, metrics: Mapping[str, float | None]) -> None:
-        """One step is done: it took `samples` samples, and these are the numbers to show (None is left out)."""
-        self.done += 1
-        self._samples += samples
-        shown = {name: f"{value:.3f}" for name, value in metrics.items() if value is not None}
-        shown["samples/s"] = f"{self._samples / max(time.monotonic() - self._start, 1e-9):.1f}"
-        if self._live:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(1)
-        elif rank() == 0 and (time.monotonic() - self._last_line >= self.interval or self.done == self.total):
-            self._last_line = time.monotonic()
-            print(self._line(shown), file=sys.stderr, flush=True)
-
-    def _line(self, shown: Mapping[str, str]) -> str:
-        each = (time.monotonic() - self._start) / max(self.done - self._first, 1)
-        left = tqdm.format_interval(each * (self.total - self.done))
-        numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-        return f"step {self.done}/{self.total}  {numbers}  {left} left"
-
-    def close(self) -> None:
-        """End the bar and leave it on the screen as it is."""
-        self._bar.close()
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -25,7 +25,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 OPTIONS = [
-    "--epochs=6", "--sampling.groups=6", "--sampling.group_size=4", "--sampling.batch_size=2", "--sampling.steps=4",
+    "--epochs=12", "--sampling.groups=12", "--sampling.group_size=4", "--sampling.batch_size=2", "--sampling.steps=4",
     "--updates_per_epoch=2", "--evaluation.every=2", "--evaluation.prompts.count=16", "--evaluation.pictures=4",
     "--prompts.count=40", "--checkpoints.every=1", "--model.mixed_precision=no", "--model.decode_precision=no",
 ]  # fmt: skip
@@ -92,10 +92,15 @@ def moment(folder: Path, place: str, after: float, process: subprocess.Popen[byt
     time.sleep(after)
 
 
-def kill_one(folder: Path, processes: int, place: str, of_launcher: bool, rng: random.Random) -> str:
+def seconds(folder: Path) -> float:
+    """How long a run took, its start left out."""
+    return float(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"])
+
+
+def kill_one(folder: Path, processes: int, after: float, place: str, of_launcher: bool, rng: random.Random) -> str:
     """One kill, and the same command again; what happened in words."""
     process = start(folder, processes)
-    moment(folder, place, rng.uniform(0, 0.03 if place == "save" else 6), process)
+    moment(folder, place, after, process)
     if process.poll() is not None:
         return "had ended"
     victims = [] if processes == 1 else workers(process.pid)
@@ -135,7 +140,8 @@ def main() -> int:
         for number in range(arguments.kills // len(arguments.processes)):
             folder = arguments.out / f"run-{processes}-{number}"
             place = PLACES[number % len(PLACES)]
-            told = kill_one(folder, processes, place, number % 2 == 0, rng)
+            after = rng.uniform(0, 0.03 if place == "save" else 0.8 * seconds(whole))
+            told = kill_one(folder, processes, after, place, number % 2 == 0, rng)
             code = start(folder, processes).wait()
             differs = [name for name, value in digest(folder).items() if wanted.get(name) != value]
             failures += bool(differs or code)

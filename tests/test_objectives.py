@@ -63,11 +63,11 @@ def test_flow_grpo(clip, beta):
 def test_flow_grpo_diagnostics(clip):
     key = f"flow_grpo/clip{clip}/beta0.0"
     found = policy_diagnostics(GOLDEN["log_prob"], OLD, float(clip))
-    close(found.clip_fraction, GOLDEN[f"{key}/clipfrac"])
-    close(found.clip_fraction_above, GOLDEN[f"{key}/clipfrac_gt_one"])
-    close(found.clip_fraction_below, GOLDEN[f"{key}/clipfrac_lt_one"])
-    close(found.approx_kl, GOLDEN[f"{key}/approx_kl"], atol=1e-14)
-    close(found.ratio, (GOLDEN["log_prob"] - OLD).exp())
+    close(found["clip_fraction"].mean(), GOLDEN[f"{key}/clipfrac"])
+    close(found["clip_above"].mean(), GOLDEN[f"{key}/clipfrac_gt_one"])
+    close(found["clip_below"].mean(), GOLDEN[f"{key}/clipfrac_lt_one"])
+    close(found["approx_kl"].mean(), GOLDEN[f"{key}/approx_kl"], atol=1e-14)
+    close(found["log_ratio"], GOLDEN["log_prob"] - OLD)
 
 
 @pytest.mark.parametrize("clip", ["0.0001", "0.01"])
@@ -140,13 +140,3 @@ def test_gradient_at_ratio_1_is_the_policy_gradient():
     close(loss, -advantages, atol=0)
     loss.sum().backward()
     close(mean.grad, -advantages[:, None, None, None] * (x - mean.detach()) / (std**2 * 48))
-
-
-def test_padding_counts_for_nothing():
-    new, old = torch.tensor([0.0, 0.02, -0.03, 9.0]), torch.zeros(4)
-    padded = policy_diagnostics(new, old, 0.01, torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    plain = policy_diagnostics(new[:3], old[:3], 0.01)
-    for name in ("clip_fraction", "clip_fraction_above", "clip_fraction_below", "approx_kl"):
-        close(getattr(padded, name), getattr(plain, name), atol=1e-9)
-    close(plain.clip_fraction_above, torch.tensor(1 / 3))
-    close(plain.approx_kl, torch.tensor((0.02**2 + 0.03**2) / 6), atol=1e-9)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from flowalign.config import load_yaml
 from flowalign.pictures import GAP, grid
-from flowalign.tracking import Progress, Run, write_atomically
+from flowalign.progress import Progress
+from flowalign.tracking import Run, write_atomically
 
 
 def rows(folder: Path) -> list[dict[str, object]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from flowalign.prompts import as_prompts
 from flowalign.records import Interval, Prompts, Scores
 from flowalign.rollout import Policy, Replay
 from flowalign.schedules import Path
-from flowalign.tracking import Progress, Run, TrackerName
+from flowalign.tracking import Run, TrackerName
 from rewards.base import Reward, as_reward
 from trainers.batch import Batch, Sampling, summary, valid_rows
 from trainers.collection import Collection, Epoch, gather_scores, join_steps_of
@@ -146,15 +147,14 @@ class Trainer(ABC):
             keeper.resume(allow_change)
             run.note("start", f"epoch {self.state.epoch} of {self.epochs} on {world_size()} processes")
             self.evaluator.encode()
-            progress = Progress(self.epochs, done=min(self.state.epoch, self.epochs))
             while True:
                 self._evaluate(run, keeper)
                 if self.state.epoch >= self.epochs:
                     break
                 metrics = self._run_epoch(run, keeper)
                 shown = {"reward": metrics["reward"], "held-out": self._last("held-out"), "best": self.state.best}
-                progress.update(self.sampling.groups * self.sampling.group_size, shown)
-            progress.close()
+                keeper.progress.update(self.sampling.groups * self.sampling.group_size, shown)
+            keeper.progress.close()
             keeper.finish()
         if report:
             on_main(self._report)
@@ -205,7 +205,7 @@ class Trainer(ABC):
         if not self._evaluation_due():
             return
         with self.optimizer.averaged():
-            metrics = self.evaluator.run(run, self.state.epoch, keeper.asked)
+            metrics = self.evaluator.run(run, self.state.epoch, partial(keeper.asked, "evaluation"))
         if metrics is None:
             keeper.stop()
             return
@@ -224,9 +224,10 @@ class Trainer(ABC):
         if keeper is None:
             self.state.buffer = {}
         mine, buffer = self.collection.mine(epoch), self.state.buffer
-        for turn in range(-(-self.collection.micro_batches(epoch) // world_size())):
+        turns = -(-self.collection.micro_batches(epoch) // world_size())
+        for turn in range(turns):
             if keeper is not None and not self.state.part:
-                keeper.poll()
+                keeper.poll("rollout", turn, turns)
             if turn < len(mine) and mine[turn] not in buffer:
                 buffer[mine[turn]] = self.collection.collect(epoch, mine[turn])
                 self.state.spend(self.model.meter)

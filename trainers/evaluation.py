@@ -22,6 +22,13 @@ from rewards.base import Reward
 from trainers.batch import Sampling, detached, score_rows, valid_rows
 from trainers.collection import gather_rows, gather_scores
 
+Asked = Callable[[int, int], bool]
+
+
+def never(done: int, total: int) -> bool:
+    """No one asks to stop."""
+    return False
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -67,11 +74,11 @@ class Evaluator:
         if self.prompts is not None:
             self.model.encode(self.prompts.text)
 
-    def run(self, run: Run, epoch: int, asked: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+    def run(self, run: Run, epoch: int, asked: Asked = never) -> dict[str, float] | None:
         """Sample, score, log and save pictures; returns the metrics, "held-out" among them.
 
         Args:
-            asked: whether to stop, asked between two calls; None is returned then, and nothing written.
+            asked: whether to stop, called with how many calls of how many are done; if so, None is returned.
         """
         started = time.monotonic()
         made = self.sample(asked)
@@ -103,7 +110,7 @@ class Evaluator:
             raise ValueError(f"evaluation.metric {name!r} is no part of the reward; it has {sorted(known.parts)}")
         return known.parts[name]
 
-    def sample(self, asked: Callable[[], bool] = lambda: False) -> tuple[Float[Tensor, "b 3 h w"], Scores] | None:
+    def sample(self, asked: Asked = never) -> tuple[Float[Tensor, "b 3 h w"], Scores] | None:
         """Pictures of all held-out prompts from their fixed noise, and their scores, on every process.
 
         The pictures are rounded to the 8 bits that a file keeps; the scores are of the pictures as they were made.
@@ -115,8 +122,9 @@ class Evaluator:
             self.model, self.prompts.text, self.steps, self.guidance_scale, self.seed, "evaluation", self.rows, mine
         )
         made, scores = [], []
-        for turn in range(-(-calls // world_size())):
-            if asked():
+        turns = -(-calls // world_size())
+        for turn in range(turns):
+            if asked(turn, turns):
                 return None
             if turn < len(mine):
                 at = range(mine[turn] * self.rows, min((mine[turn] + 1) * self.rows, total))

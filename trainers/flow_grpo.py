@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowalign.advantages import flow_grpo_advantages
 from flowalign.models.base import Model
-from flowalign.objectives import clipped_policy_loss
+from flowalign.objectives import clipped_policy_loss, policy_diagnostics
 from flowalign.records import Interval, Prompts, Scores
 from flowalign.rollout import LogProb, Policy, Replay
 from flowalign.schedules import AllSteps, Path
@@ -133,10 +133,5 @@ class FlowGRPO(Trainer):
     def watch(
         self, new: Replay, old_log_probs: Tensor, reference: Replay | None, interval: Interval
     ) -> dict[str, Float[Tensor, " b"]]:
-        log_ratio = new.log_probs - old_log_probs
-        numbers = {
-            "log_ratio": log_ratio,
-            "clip_fraction": (log_ratio.expm1().abs() > self.clip_range).float(),
-            "approx_kl": log_ratio.square() / 2,
-        }
+        numbers = policy_diagnostics(new.log_probs, old_log_probs, self.clip_range)
         return numbers if reference is None else numbers | {"kl": self._kl(new, reference, interval)}

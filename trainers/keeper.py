@@ -19,6 +19,7 @@ from flowalign.accounting import Rows
 from flowalign.config import load_yaml
 from flowalign.distributed import gather_text, largest, on_main, rank, sum_over_ranks
 from flowalign.interrupt import Stopped
+from flowalign.progress import Progress
 from flowalign.tracking import Run, write_atomically
 from trainers.state import State
 
@@ -58,11 +59,14 @@ class Keeper:
     def __init__(self, trainer: Trainer, run: Run, config: Mapping[str, Any] | None, settings: Checkpoints) -> None:
         self.trainer, self.run, self.config, self.settings = trainer, run, config, settings
         self.folder = run.folder / "checkpoints"
+        self.progress = Progress(trainer.epochs)
         self._broken: set[str] = set()
         self._saved = time.monotonic()
 
-    def poll(self) -> None:
-        """A safe point: stop if a signal asked any process to, save if a checkpoint is due."""
+    def poll(self, what: str = "", done: int = 0, total: int = 0) -> None:
+        """A safe point: stop if a signal asked any process to, save if a checkpoint is due; show how far a phase is."""
+        if what:
+            self.progress.within(what, done, total)
         late = self.settings.minutes > 0 and time.monotonic() - self._saved > 60 * self.settings.minutes
         asked, due = largest([self.trainer.stop.asked, rank() == 0 and (late or self._at_interval())])
         if asked:
@@ -70,8 +74,9 @@ class Keeper:
         if due:
             self.save()
 
-    def asked(self) -> bool:
-        """Whether a signal asked any process to stop."""
+    def asked(self, what: str, done: int, total: int) -> bool:
+        """Show how far a phase is; whether a signal asked any process to stop."""
+        self.progress.within(what, done, total)
         return largest([self.trainer.stop.asked])[0] > 0
 
     def stop(self) -> None:
@@ -185,6 +190,7 @@ class Keeper:
             self.run.configure(self.config)
         if rank() == 0:
             (self.run.folder / MARKER).unlink(missing_ok=True)
+        self.progress = Progress(self.trainer.epochs, done=min(self.trainer.state.epoch, self.trainer.epochs))
 
     def _known_config(self) -> Mapping[str, Any]:
         """The config of a run that was stopped before its first checkpoint."""

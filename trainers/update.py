@@ -96,8 +96,9 @@ class Update:
             return
         held = rows[torch.isin(rows, batch.rows)]
         mine = held.split(trainer.sampling.batch_size) if len(held) else ()
-        for turn in range(self._turns(rows)):
-            if self.keeper is not None and self.keeper.asked():
+        turns = self._turns(rows)
+        for turn in range(turns):
+            if self.keeper is not None and self.keeper.asked("update", turn, turns):
                 trainer.optimizer.discard()  # the step is made anew when the run goes on
                 trainer.model.meter.take()
                 self.keeper.stop()
