@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,11 @@ that class. Options set or replace keys, at any depth:
   flowalign train flow_grpo/shapes --epochs 20
   flowalign train flow_grpo/shapes --model.lora.rank 8 --folder runs/rank8
   flowalign train my.yaml --allow-code --reward my_rewards.brightness
+
+The same command goes on with a run that was stopped or killed, from its newest checkpoint. Ctrl-C, SIGTERM and SIGUSR1
+stop a run at its next safe point, with all saved. Several processes: torchrun, accelerate launch or srun, as in
+
+  torchrun --nproc-per-node 8 -m flowalign train flow_grpo/sd3.5_ocr
 """
 
 SAMPLE = """Sample pictures by the ODE, from noise that depends on the seed and the picture's number alone.
@@ -56,10 +62,29 @@ TARGET is a run folder (its model with the policy it kept, its steps and guidanc
 """
 
 
+REPORT = """Write report.html into a run folder: what changed, curves, pictures, costs, settings. One file, no network.
+
+  flowalign report runs/flow_grpo_shapes
+"""
+
+
+CHECK = """Say what a run would do, take and cost, and what is wrong with it, before the hours are spent on it.
+
+CONFIG and its options are those of train. One tiny step is made and thrown away; the run folder is left as it is.
+
+  flowalign check flow_grpo/shapes
+  flowalign check flow_grpo/sd3.5_ocr --sampling.batch_size 6 --processes 8
+
+Exit status 2 where something would stop the run.
+"""
+
+
 class Trainer(Protocol):
     """What `flowalign train` runs. `config` is the resolved config, plain data, for the run folder."""
 
-    def train(self, config: Mapping[str, Any] | None = None) -> object: ...
+    def train(
+        self, config: Mapping[str, Any] | None = None, *, resume: bool = False, allow_change: Sequence[str] = ()
+    ) -> object: ...
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,27 +95,39 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 a mistake of the user's, 130 stopped by Ctrl-C."""
+    """Run one command; returns the exit status.
+
+    0 done, or stopped with all saved as SIGTERM or SIGUSR1 asked; 2 a mistake of the user's; 130 stopped by Ctrl-C.
+    """
     parser = Parser("flowalign", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"flowalign {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train(commands)
     add_sample(commands)
+    add_report(commands)
+    add_check(commands)
     arguments, rest = parser.parse_known_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import warns of image processors that no one uses
     try:
         check_packages()
         arguments.run(arguments, rest)
-    except KeyboardInterrupt:
-        print("flowalign: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":  # all processes stop together
+            say(str(stop) or "stopped")
+        return 130 if getattr(stop, "number", signal.SIGINT) == signal.SIGINT else 0
     except (ValueError, OSError) as error:
         if arguments.debug:
             traceback.print_exc()
         hint = "" if arguments.debug or isinstance(error, ConfigError) else " (--debug shows where)"
-        print(f"flowalign: error: {' '.join(str(error).split()) or type(error).__name__}{hint}", file=sys.stderr)
+        say(f"error: {' '.join(str(error).split()) or type(error).__name__}{hint}")
         return 2
     return 0
+
+
+def say(message: str) -> None:
+    """A line for the user; of many processes, those after the first say which they are."""
+    rank = os.environ.get("RANK", "0")
+    print(f"flowalign: {message}" if rank == "0" else f"flowalign: process {rank}: {message}", file=sys.stderr)
 
 
 def add_command(commands: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
@@ -106,26 +143,47 @@ def add_command(commands: Any, name: str, help: str, description: str) -> argpar
 def add_train(commands: Any) -> None:
     """flowalign train CONFIG [--key value ...]"""
     parser = add_command(commands, "train", "train as a config says", TRAIN)
-    parser.usage = "flowalign train [-h] CONFIG [--key value ...] [--allow-code] [--debug]"
+    parser.usage = "flowalign train [-h] CONFIG [--key value ...] [--allow-code] [--allow-change KEY] [--debug]"
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped config")
     parser.add_argument("--allow-code", action="store_true", help="let the config name classes outside flowalign")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on with a run though KEY has changed",
+    )
     parser.set_defaults(run=train)
 
 
 def train(arguments: argparse.Namespace, words: list[str]) -> None:
-    """Read the config, put the options in, check all of it, then build the trainer and run it."""
-    if arguments.allow_code and "" not in sys.path:
-        sys.path.append(str(Path.cwd()))  # at the end: the user's modules are found, and hide none of ours
-    options = read_options(words)
-    path = find_config(arguments.config)
-    config = override(load_yaml(path), options)
-    source = f"{path} (with options)" if options else str(path)
-    try:
-        call = parse_trainer(config, arguments.allow_code)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
+    """Read the config, put the options in, check all of it, then build the trainer and run it, or go on with its run."""
+    call = read_call(arguments, words)
+    from flowalign import distributed
+
+    check_files(call)
+    distributed.start()
     trainer: Trainer = construct(call)
-    trainer.train(config={"trainer": call.path, **arguments_of(call)})
+    changes = tuple(arguments.allow_change)
+    trainer.train({"trainer": call.path, **arguments_of(call)}, resume=True, allow_change=changes)
+    distributed.finish()
+
+
+def check_files(call: Call) -> None:
+    """What is wrong with the run's folder or with a file of prompts, told before a model is loaded."""
+    ours = sys.modules.get("trainers.base")  # loaded if the trainer is one of ours
+    if ours is None or not isinstance(call.target, type) or not issubclass(call.target, ours.Trainer):
+        return
+    from flowalign.prompts import as_prompts
+    from flowalign.tracking import check_folder
+
+    known = call.defaults | call.arguments
+    check_folder(Path(known["folder"]))
+    evaluation = known["evaluation"]
+    held_out = evaluation.arguments.get("prompts") if isinstance(evaluation, Call) else None
+    for prompts in (known["prompts"], held_out):
+        if isinstance(prompts, str):
+            as_prompts(prompts)
 
 
 def add_sample(commands: Any) -> None:
@@ -156,6 +214,74 @@ def sample(arguments: argparse.Namespace, words: list[str]) -> None:
         arguments.allow_code,
     )  # fmt: skip
     print(save_pictures(settings))
+
+
+def add_report(commands: Any) -> None:
+    """flowalign report RUN"""
+    parser = add_command(commands, "report", "write a run's report.html", REPORT)
+    parser.usage = "flowalign report [-h] RUN [--debug]"
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
+    parser.set_defaults(run=report)
+
+
+def report(arguments: argparse.Namespace, words: list[str]) -> None:
+    """Write the page and print its path."""
+    if words:
+        raise ConfigError(f"{words[0]} is no option of report")
+    from flowalign.report import write_report
+
+    print(write_report(arguments.run_folder))
+
+
+def add_check(commands: Any) -> None:
+    """flowalign check CONFIG [--key value ...]"""
+    parser = add_command(commands, "check", "what a run would do and cost, from one tiny step", CHECK)
+    parser.usage = (
+        "flowalign check [-h] CONFIG [--key value ...] [--processes N] [--out FOLDER] [--allow-code] [--debug]"
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped config")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that the run will have; 1 by default")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the contact sheet; RUN-check by default")
+    parser.add_argument("--allow-code", action="store_true", help="let the config name classes outside flowalign")
+    parser.set_defaults(run=check)
+
+
+def check(arguments: argparse.Namespace, words: list[str]) -> None:
+    """Print the page. Raises: ConfigError where something would stop the run."""
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes must be at least 1, got {arguments.processes}")
+    call = read_call(arguments, words)
+    from flowalign.distributed import check_started
+    from trainers.base import Trainer as Ours
+    from trainers.preflight import inspect, page
+
+    try:
+        check_started()
+    except ValueError as error:
+        raise ConfigError("check is one process: start it without a launcher, and give --processes N") from error
+    if not isinstance(call.target, type) or not issubclass(call.target, Ours):
+        raise ConfigError(f"{call.path} is no trainer of FlowAlign's, which are all that check knows")
+    check_files(call)
+    say("building the trainer")
+    trainer: Ours = construct(call)
+    config = {"trainer": call.path, **arguments_of(call)}
+    out = arguments.out or trainer.folder.with_name(f"{trainer.folder.name}-check")
+    found = inspect(trainer, out, config, arguments.processes, say)
+    print(page(found, config), flush=True)
+    if found.errors:
+        raise ConfigError(f"{found.errors} of the problems above would stop the run")
+
+
+def read_call(arguments: argparse.Namespace, words: list[str]) -> Call:
+    """The config with the options put in, all of it checked."""
+    if arguments.allow_code and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))  # at the end: the user's modules are found, and hide none of ours
+    options = read_options(words)
+    path = find_config(arguments.config)
+    try:
+        return parse_trainer(override(load_yaml(path), options), arguments.allow_code)
+    except ConfigError as error:
+        raise ConfigError(f"{path}{' (with options)' if options else ''}: {error}") from error
 
 
 def parse_trainer(config: Mapping[str, Any], allow_code: bool = False) -> Call:

@@ -28,7 +28,7 @@ class Trainer:
     def __init__(self, folder: Path, adapter: Adapter, rate: float = 1e-3, fail: str = "") -> None:
         self.folder, self.adapter, self.rate, self.fail = folder, adapter, rate, fail
 
-    def train(self, config=None):
+    def train(self, config=None, *, resume=False, allow_change=()):
         if self.fail == "interrupt":
             raise KeyboardInterrupt
         if self.fail:

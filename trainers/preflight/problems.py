@@ -1,0 +1,296 @@
+"""What would stop a run or spoil it, told by its settings alone. Each check answers None where all is well.
+
+A text says what is wrong, why that matters and what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from flowalign.models.sd3 import SD3
+from flowalign.report.formats import percent
+from flowalign.transitions import mean_of_elements, sum_of_elements
+from trainers.flow_grpo import FlowGRPO
+from trainers.preflight.geometry import Geometry, PlannedStep, better_batch_size, looked_at
+
+if TYPE_CHECKING:
+    from trainers.base import Trainer
+
+FEW_MEMBERS = 4  # in a group: with three, one sample's luck is a third of the mean it is held against
+FEW_PROMPTS = 30  # held out: fewer give no interval to speak of (the report says the same)
+PADDING = 0.1  # of a call's rows
+FAINT = 0.05  # times the other steps' median std: such noise is not seen in a picture
+NEVER = 100.0  # of a latent's log-density: no sample's ratio gets that far in one epoch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """error: the run would stop, or train nothing. warning: it would run, and perhaps not as was meant."""
+
+    kind: Literal["error", "warning"]
+    text: str
+
+
+Found = Problem | None
+
+
+def warning(text: str) -> Problem:
+    """A problem that does not stop a run."""
+    return Problem("warning", text)
+
+
+def error(text: str) -> Problem:
+    """A problem that does."""
+    return Problem("error", text)
+
+
+def of_settings(trainer: Trainer, cut: Geometry, steps: tuple[PlannedStep, ...]) -> list[Problem]:
+    """All that the settings tell."""
+    found = [
+        _parted(trainer),
+        _no_noise(steps),
+        _last_step(steps),
+        _guidance(trainer),
+        _clipping(trainer),
+        _small_groups(trainer),
+        _few_training_prompts(trainer),
+        _truncated(trainer),
+        _padding(trainer, cut),
+        _idle(cut),
+        _small_calls(trainer),
+        _learning_rate(trainer),
+        _average(trainer),
+        _seldom_evaluated(trainer),
+        _held_out(trainer),
+        _trained_on(trainer),
+        _half_precision(trainer),
+    ]
+    return [problem for problem in found if problem is not None]
+
+
+def _parted(trainer: Trainer) -> Found:
+    for epoch in looked_at(trainer):
+        branch = epoch.path.branch
+        later = [step for step in trainer.trained_steps(epoch.path) if branch is not None and step > branch]
+        if later and epoch.members > 1:
+            return error(
+                f"the plan shares a group's start noise, its samples part at step {branch}, and step {later[0]} is "
+                "trained after that: an update replays one row for each group, and from there on there is one for "
+                "each sample. Take FanOut, or a plan with one stochastic step, or leave shared_noise out"
+            )
+    return None
+
+
+def _no_noise(steps: tuple[PlannedStep, ...]) -> Found:
+    bad = [step.interval.index for step in steps if step.stochastic and not step.std > 0]
+    if not bad:
+        return None
+    return error(
+        f"step {bad[0]} is meant to be stochastic, but its noise has std 0 and so no density: CPS, Renoise and DDIM "
+        "have no noise in the step that ends at sigma 0. Leave that step out (last_step: false in the plan)"
+    )
+
+
+def _last_step(steps: tuple[PlannedStep, ...]) -> Found:
+    last, others = steps[-1], sorted(step.std for step in steps[:-1] if step.trained)
+    if not last.trained or not others or last.std >= FAINT * others[len(others) // 2]:
+        return None
+    usual = others[len(others) // 2]
+    return warning(
+        f"the last step is trained, and its noise is next to nothing (std {last.std:.2g}; the others' median is "
+        f"{usual:.2g}): no reward can tell what that noise was worth, so the step adds a pass and mostly noise to the "
+        "gradient. Leave it out: a step_fraction just below 1 (Flow-GRPO's authors do so), or last_step: false in the "
+        "plan"
+    )
+
+
+def _guidance(trainer: Trainer) -> Found:
+    scale = trainer.sampling.guidance_scale
+    if scale == 0 and not trainer.policy.unconditional_grad:
+        return error(
+            "sampling.guidance_scale 0 samples from the unconditional network alone, through which no gradient runs: "
+            "the policy would not change. Set it to 1 for no guidance"
+        )
+    if scale < 1:
+        return warning(
+            f"sampling.guidance_scale {scale:g} is below 1, which weakens the prompt (or turns against it); "
+            "1 is no guidance, and costs half"
+        )
+    return None
+
+
+def _clipping(trainer: Trainer) -> Found:
+    if not isinstance(trainer, FlowGRPO) or trainer.updates_per_epoch == 1:
+        return None  # one update an epoch has ratios of 1: nothing is clipped
+    numbers, clip = 1, trainer.clip_range
+    for length in trainer.model.latent_shape:
+        numbers *= length
+    if trainer.policy.reduce is mean_of_elements and clip * numbers > NEVER:
+        return warning(
+            f"clip_range {clip:g} will never act: reduce is the mean over a latent's {numbers:,} elements, so that "
+            f"its density may change by exp({clip * numbers:,.0f}) first. Flow-GRPO's clip_range is 1e-4"
+        )
+    if trainer.policy.reduce is sum_of_elements and clip < 0.01:
+        return warning(
+            f"clip_range {clip:g} clips nearly every sample after the first update: reduce is the sum over a latent's "
+            f"{numbers:,} elements, while published ranges of that size presume mean_of_elements"
+        )
+    return None
+
+
+def _small_groups(trainer: Trainer) -> Found:
+    size = trainer.sampling.group_size
+    if size >= FEW_MEMBERS:
+        return None
+    why = "of two samples an advantage tells the better one and nothing else" if size == 2 else "its mean is noisy"
+    return warning(
+        f"sampling.group_size {size} is small: a sample is held against its group's mean, and {why}. "
+        "8 to 24 are usual; fewer groups make room"
+    )
+
+
+def _few_training_prompts(trainer: Trainer) -> Found:
+    count, groups = len(trainer.prompts), trainer.sampling.groups
+    if count >= groups:
+        return None
+    return warning(
+        f"{count} prompts for {groups} groups: prompts come more than once in an epoch, and a small set is soon "
+        f"overfitted. Add prompts, or set sampling.groups to {count} with a larger group_size"
+    )
+
+
+def _truncated(trainer: Trainer) -> Found:
+    if not isinstance(trainer.model, SD3):
+        return None
+    held_out = trainer.evaluator.prompts
+    texts = {*trainer.prompts.text, *(held_out.text if held_out is not None else ())}
+    limit, tokenizer = token_limit(trainer.model)
+    # a token is a byte at least, so that only long prompts need to be looked at
+    long = [text for text in texts if len(text.encode()) + 2 > limit]
+    cut = [text for text in long if len(tokenizer(text).input_ids) > limit]
+    if not cut:
+        return None
+    return warning(
+        f"{len(cut)} prompts are longer than the {limit} tokens that the text encoders read, and the rest of them is "
+        f"not seen, as in {min(cut)[:60]!r}. Shorten them"
+        + (", or raise model.max_sequence_length" if trainer.model.pipeline.text_encoder_3 is not None else "")
+    )
+
+
+def token_limit(model: SD3) -> tuple[int, Any]:
+    """The most tokens that any of the model's text encoders reads, and its tokenizer."""
+    pipeline = model.pipeline
+    if pipeline.text_encoder_3 is not None and model.max_sequence_length > pipeline.tokenizer.model_max_length:
+        return model.max_sequence_length, pipeline.tokenizer_3
+    return pipeline.tokenizer.model_max_length, pipeline.tokenizer
+
+
+def _padding(trainer: Trainer, cut: Geometry) -> Found:
+    worst = max(cut.rollout_padding, cut.update_padding)
+    if worst <= PADDING:
+        return None
+    where = "rollouts" if cut.rollout_padding == worst else "update"
+    better = better_batch_size(trainer, len(cut.shares))
+    text = (
+        f"{percent(worst)} of rows on top are padding in the {where}: calls of sampling.batch_size {cut.batch_size} do "
+        f"not divide an epoch of {cut.rows} rows in {cut.updates} optimizer steps"
+    )
+    least = max(better.rollout_padding, better.update_padding)
+    return warning(text + (f". With {better.batch_size} it is {percent(least)}" if least < worst else ""))
+
+
+def _idle(cut: Geometry) -> Found:
+    idle = sum(count == 0 for count in cut.shares)
+    if not idle:
+        return None
+    return warning(
+        f"{idle} of {len(cut.shares)} processes have nothing to do: an epoch has {sum(cut.shares)} micro-batches. "
+        f"Lower sampling.batch_size to {max(1, cut.rows // len(cut.shares))}, or sample more groups"
+    )
+
+
+def _small_calls(trainer: Trainer) -> Found:
+    rows, size = trainer.sampling.rows_per_call, trainer.sampling.batch_size
+    if rows >= size:
+        return None
+    return warning(
+        f"sampling.rows_per_call {rows} is less than sampling.batch_size {size}: calls without gradient, which need "
+        "less memory, are smaller than those with one. Raise it, unless decoding needs it so"
+    )
+
+
+def _learning_rate(trainer: Trainer) -> Found:
+    settings, total = trainer.optimizer.settings, trainer.epochs * trainer.updates_per_epoch
+    warmup, decay = settings.warmup, settings.decay
+    if warmup >= total:
+        return warning(
+            f"optimizer.warmup {warmup} is not over when the run's {total} optimizer steps are: the learning rate "
+            f"gets to {settings.learning_rate * total / warmup:.2g} of {settings.learning_rate:g}"
+        )
+    if decay and warmup + decay < total:
+        return warning(
+            f"the learning rate is 0 from optimizer step {warmup + decay} on, and the run has {total}: the rest "
+            f"changes nothing. Set optimizer.decay to {total - warmup}"
+        )
+    if decay and warmup + decay > total:
+        return warning(
+            f"optimizer.decay {decay} is not over when the run's {total} optimizer steps are: the learning rate ends "
+            f"at {percent(1 - (total - warmup) / decay)} of its height, not at 0. Set it to {total - warmup}"
+        )
+    return None
+
+
+def _average(trainer: Trainer) -> Found:
+    settings, total = trainer.optimizer.settings, trainer.epochs * trainer.updates_per_epoch
+    if not settings.ema_decay or total >= settings.ema_every:
+        return None
+    return warning(
+        f"the average of the weights moves every {settings.ema_every} optimizer steps and the run has {total}: "
+        "evaluations and lora/ would be the model before training. Lower optimizer.ema_every, or set ema_decay to 0"
+    )
+
+
+def _seldom_evaluated(trainer: Trainer) -> Found:
+    if trainer.evaluator.prompts is None or trainer.evaluation.every <= trainer.epochs:
+        return None
+    return warning(
+        f"evaluation.every {trainer.evaluation.every} is more than the run's {trainer.epochs} epochs: it is evaluated "
+        "before and after only, and the best policy is one of those two"
+    )
+
+
+def _held_out(trainer: Trainer) -> Found:
+    prompts = trainer.evaluator.prompts
+    if prompts is None:
+        return warning(
+            "there is no evaluation.prompts: nothing will tell whether the policy got better on prompts that it is "
+            "not trained on, and the newest policy is kept, not the best"
+        )
+    if len(prompts) < FEW_PROMPTS:
+        return warning(
+            f"{len(prompts)} held-out prompts tell little: the interval of their mean is wide, and so the best policy "
+            "is partly chosen by chance. Take 100 or more"
+        )
+    return None
+
+
+def _trained_on(trainer: Trainer) -> Found:
+    prompts = trainer.evaluator.prompts
+    known = set(trainer.prompts.text)
+    both = sum(text in known for text in prompts.text) if prompts is not None else 0
+    if prompts is None or not both:
+        return None
+    return warning(
+        f"{both} of {len(prompts)} held-out prompts are trained on too: their scores do not show what is learned in "
+        "general. Take them out of one of the two sets"
+    )
+
+
+def _half_precision(trainer: Trainer) -> Found:
+    if not trainer.model.scale_loss or trainer.model.device.type != "cpu":
+        return None
+    return warning(
+        "mixed_precision fp16 on a CPU is slow, and some operations do not exist there. Set it to bf16, or run where "
+        "there is a GPU"
+    )

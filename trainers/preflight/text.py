@@ -1,0 +1,222 @@
+"""The check as a page of plain text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from flowalign.models.sd3 import SD3
+from flowalign.report.formats import count, duration, number, percent
+from flowalign.transitions import ODE
+from trainers.preflight.checking import Preflight
+from trainers.preflight.findings import equal_groups, size, spread
+from trainers.preflight.geometry import LOOKED_AT, geometry
+
+NAME = 22  # columns
+WIDTH = 110
+
+Lines = list[tuple[str, str]]
+
+
+def page(found: Preflight, config: Mapping[str, Any] | None = None) -> str:
+    """All sections that there is something to say in, then the problems."""
+    sections = {
+        "model": _model(found, config),
+        "reward": _reward(found),
+        "geometry of an epoch": _geometry(found),
+        "plan": _plan(found),
+        "calls of an epoch": _calls(found),
+        "tiny step": _step(found),
+        "time (an estimate)": _time(found),
+        "memory and disk": _space(found),
+    }
+    blocks = [f"{name}\n" + "\n".join(_aligned(lines)) for name, lines in sections.items() if lines]
+    return "\n\n".join([*blocks, _problems(found)])
+
+
+def _aligned(lines: Lines) -> list[str]:
+    shown = []
+    for name, text in lines:
+        parts = textwrap.wrap(text, WIDTH - NAME - 2, break_long_words=False, break_on_hyphens=False) or [""]
+        shown.append(f"  {name:<{NAME}}{parts[0]}".rstrip())
+        shown += [" " * (NAME + 2) + part for part in parts[1:]]
+    return shown
+
+
+def _model(found: Preflight, config: Mapping[str, Any] | None) -> Lines:
+    model = found.trainer.model
+    given = (config or {}).get("model")
+    known = given if isinstance(given, Mapping) else {}
+    trained = model.trainable()
+    pipeline = f", {type(model.pipeline).__name__}" if isinstance(model, SD3) else ""
+    named = f" of {known['pipeline']}" if "pipeline" in known else ""
+    precisions = [f"{what} {known[key]}" for what, key in PRECISIONS.items() if key in known]
+    numbers = sum(value.numel() for value in trained.values())
+    shown = [
+        ("class", f"{type(model).__name__}{pipeline}{named}, on {model.device}"),
+        ("trained", f"{count(numbers)} parameters in {len(trained)} tensors"),
+        ("mixed precision", ", ".join(precisions)),
+        ("a latent", " x ".join(map(str, model.latent_shape))),
+    ]
+    if found.trial is not None:
+        shown.append(("a picture", " x ".join(map(str, found.trial.rollouts.pixels.shape[2:])) + " pixels"))
+    return [line for line in shown if line[1]]
+
+
+PRECISIONS = {"network": "mixed_precision", "decoder": "decode_precision"}
+
+
+def _reward(found: Preflight) -> Lines:
+    reward = found.trainer.reward
+    shown = [("class", f"{type(reward).__name__}, {'' if reward.differentiable else 'not '}differentiable")]
+    if found.trial is None:
+        return shown
+    scores = found.trial.rollouts.scores
+    known = scores.valid
+    shown.append(("total", f"{spread(scores.total[known])} (of {len(scores)} samples)"))
+    shown += [(f"  {name}", spread(column[known])) for name, column in scores.parts.items()]
+    return [*shown, ("not valid", count(int((~known).sum())))]
+
+
+def _geometry(found: Preflight) -> Lines:
+    trainer, cut = found.trainer, found.cut
+    steps = trainer.epochs * cut.updates
+    a_row = "a sample" if cut.members == 1 else f"{cut.members} samples that share their start"
+    total, drawn = len(trainer.prompts), trainer.epochs * cut.groups
+    taken = f"{count(drawn)} of them" if drawn < total else f"each of them {drawn / total:.1f} times"
+    shown = [
+        ("samples", f"{cut.groups} groups x {cut.group_size} = {count(cut.samples)}"),
+        ("prompts", f"{count(total)}, and {trainer.epochs} epochs take {taken}"),
+        ("rows", f"{count(cut.rows)}, each {a_row}"),
+        ("micro-batches", f"{sum(cut.shares)} of {cut.batch_size} rows, {percent(cut.rollout_padding)} padding"),
+        ("optimizer steps", f"{cut.updates} of {number(cut.samples / cut.updates)} samples; {count(steps)} in the run"),
+        ("update", f"{_many(sum(cut.update_shares))}, {percent(cut.update_padding)} padding"),
+    ]
+    return shown + [_split(found, processes) for processes in sorted({2, 4, 8, len(cut.shares)} - {1})]
+
+
+def _split(found: Preflight, processes: int) -> tuple[str, str]:
+    cut = geometry(found.trainer, processes)
+    least, most = min(cut.shares), max(cut.shares)
+    each = f"{_many(most) if least == most else f'{least} to {_many(most)}'} each"
+    idle = sum(one == 0 for one in cut.shares)
+    busy = sum(cut.shares) / (most * processes)
+    told = f", {idle} without work" if idle else ""
+    return f"on {processes} processes", f"{each}, busy {percent(busy)} of the time{told}"
+
+
+def _many(number: int) -> str:
+    return f"{number} micro-batch{'' if number == 1 else 'es'}"
+
+
+def _plan(found: Preflight) -> Lines:
+    shown: Lines = [("", "sigma                stochastic  std       leverage  trained")] if found.steps else []
+    for step in found.steps:
+        span = f"{step.interval.sigma:.4f} to {step.interval.sigma_next:.4f}"
+        if not step.stochastic:
+            shown.append((f"step {step.interval.index}", f"{span}     no"))
+            continue
+        share, trained = (_share(value) for value in (step.stochastic, step.trained))
+        line = f"{span}     {share:<11} {step.std:<9.4g} {step.leverage:<9.3g} {trained}"
+        shown.append((f"step {step.interval.index}", line))
+    kinds = {
+        type(kind).__name__: kind
+        for kind in found.trainer.collection.epoch(0).path.transitions
+        if not isinstance(kind, ODE)
+    }
+    meant = "leverage: by how many stds the step's mean moves where the velocity moves by 1"
+    return [("noise", ", ".join(map(repr, kinds.values()))), *shown, *([("", meant)] if shown else [])]
+
+
+def _share(value: float) -> str:
+    """Of the epochs."""
+    return {0.0: "no", 1.0: "yes"}.get(value, percent(value))
+
+
+def _calls(found: Preflight) -> Lines:
+    spent, floor = zip(*found.rows, strict=True)
+    shown = []
+    for name in ("forward", "gradient"):
+        values, least = ([getattr(one, name) for one in rows] for rows in (spent, floor))
+        many = f"{count(min(values))} to {count(max(values))}, mean " if min(values) < max(values) else ""
+        label = "rows without gradient" if name == "forward" else "rows with gradient"
+        shown.append((label, f"{many}{count(fmean(values))}; the fewest possible {count(fmean(least))}"))
+    ratio = sum(one.cost for one in spent) / sum(one.cost for one in floor)
+    shown.append(("work", f"{ratio:.2f} times the fewest possible, a row with gradient counted as 3"))
+    shown.append(("pictures decoded", count(found.cut.samples)))
+    if len(spent) == LOOKED_AT:
+        shown.append(("", f"of the first {LOOKED_AT} epochs"))
+    return shown
+
+
+def _step(found: Preflight) -> Lines:
+    if found.trial is None:
+        return []
+    rollouts, learning = found.trial.rollouts, found.trial.learning
+    equal, groups = equal_groups(rollouts)
+    whole = groups == found.cut.groups
+    ratio = "exactly 1, as it has to be" if learning.off == 0 else f"off 1 by {learning.off:.2g} at most"
+    credit = rollouts.advantages[rollouts.first]
+    balanced = " (a group's advantages add up to 0)" if abs(learning.loss) < 1e-6 else ""
+    measured = ", measured with advantages of 1, as all are 0" if learning.flat else balanced
+    shown = [
+        ("prompt", rollouts.batch.texts[0]),
+        ("scores", spread(rollouts.scores.total[rollouts.first & rollouts.scores.valid])),
+        ("advantages", f"{float(credit.amin()):+.2f} to {float(credit.amax()):+.2f}"),
+        ("", "" if whole else f"over {groups} of {found.cut.groups} groups: a std over the batch will be another"),
+        ("equal scores", f"in {equal} of {groups} groups sampled"),
+        ("loss", f"{learning.loss:.4g}{measured}"),
+        ("gradient's norm", f"{learning.grad_norm:.4g}, of one micro-batch"),
+        ("first ratio", ratio if learning.off == learning.off else ""),
+        ("contact sheet", str(found.sheet or "")),
+    ]
+    return [line for line in shown if line[1]]
+
+
+def _time(found: Preflight) -> Lines:
+    times = found.times
+    if times is None:
+        return []
+    phases = {"rollout": times.rollout, "decode": times.decode, "reward": times.reward, "update": times.update}
+    told = ", ".join(f"{name} {duration(value)}" for name, value in phases.items())
+    processes = len(found.cut.shares)
+    shown = [("an epoch", f"{duration(times.epoch)}: {told}")]
+    if times.evaluations:
+        shown.append(("evaluations", f"{times.evaluations} of {duration(times.evaluation)}"))
+    shown.append(("checkpoints", f"about {times.checkpoints} of {duration(times.checkpoint)}"))
+    shown.append(("encoding prompts", duration(times.encoding)))
+    where = "" if processes == 1 else f" on {processes} processes as fast as this one, their exchange not counted"
+    return [*shown, ("the whole run", f"{duration(times.run)} for {times.epochs} epochs{where}")]
+
+
+def _space(found: Preflight) -> Lines:
+    needs = found.space
+    if needs is None:
+        return []
+    cuda = found.trainer.model.device.type == "cuda"
+    shown = [
+        ("tiny step, at most", f"{size(needs.peak)} {'of GPU memory' if cuda else 'in the whole process'}"),
+        ("optimizer's moments", size(needs.moments)),
+        ("an epoch's rollouts", size(needs.rollouts)),
+        ("prompt embeddings", f"{size(needs.embeddings)} once all prompts have been taken"),
+        ("evaluation's pictures", f"{size(needs.pictures)} of the host's memory"),
+        ("memory in all", f"{size(needs.memory)} of {size(needs.limit) if needs.limit else 'unknown'}"),
+        ("run folder, at most", f"{size(needs.disk)} of {size(needs.free)} free"),
+        ("a checkpoint", f"{size(needs.checkpoint)} at most, with an epoch's rollouts"),
+    ]
+    return [line for line in shown if not line[1].startswith("0 B")]
+
+
+def _problems(found: Preflight) -> str:
+    if not found.problems:
+        return "no problems found"
+    order: Sequence[str] = ("error", "warning")
+    lines = []
+    for problem in sorted(found.problems, key=lambda one: order.index(one.kind)):
+        lines += textwrap.wrap(
+            f"{problem.kind}: {problem.text}", WIDTH, subsequent_indent="  ", break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+    return "\n".join(lines)
