@@ -157,7 +157,7 @@ def add_train(commands: Any) -> None:
 
 
 def train(arguments: argparse.Namespace, words: list[str]) -> None:
-    """Read the config, put the options in, check all of it, then build the trainer and run it, or go on with its run."""
+    """Check the config with the options in it, then build the trainer and run it, or go on with its run."""
     call = read_call(arguments, words)
     from flowalign import distributed
 

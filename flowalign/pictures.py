@@ -35,14 +35,15 @@ def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(one)) for one in to_bytes(pixels).permute(0, 2, 3, 1).numpy()]
 
 
-def zipped(pixels: Float[Tensor, "b 3 h w"], whole: int) -> bytes:
+def zipped(pixels: UInt8[Tensor, "b 3 h w"], whole: int) -> bytes:
     """A zip file of pictures, 00000.png and so on: the first `whole` as they are, the others at 256 pixels at most.
 
     The same pictures give the same bytes.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as file:
-        for i, image in enumerate(to_images(pixels)):
+        for i, one in enumerate(pixels):
+            image = Image.fromarray(np.ascontiguousarray(one.permute(1, 2, 0).numpy()))
             if i >= whole and max(image.size) > THUMBNAIL:
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
             picture = io.BytesIO()

@@ -148,7 +148,6 @@ def test_shares_of_processes_add_up(tmp_path):
 
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
-    (sampled(plan=AllSteps(SDE, shared_noise=True)), "error: the plan shares a group's start noise"),
     (sampled(plan=AllSteps(CPS())), "error: step 2 is meant to be stochastic, but its noise has std 0"),
     (sampled(plan=AllSteps(SDE)), "warning: the last step is trained, and its noise is next to nothing (std 0.0063"),
     (sampled(guidance_scale=0.0), "error: sampling.guidance_scale 0 samples from the unconditional network alone"),

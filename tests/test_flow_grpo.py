@@ -174,3 +174,15 @@ def test_scores_that_are_not_valid_stop_the_run_or_are_left_out_and_counted(tmp_
 def test_bad_settings_say_what_to_do(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path / "run", FlowSDE(0.7), **changes)
+
+
+def test_groups_that_share_their_start_are_trained_on_all_steps(tmp_path):
+    """One row for a group at the first step, one for each sample after it; the replay is exact at all of them."""
+    plan = AllSteps(FlowSDE(0.7), shared_noise=True)
+    sampling = Sampling(plan, 4, 6, batch_size=3, steps=STEPS, guidance_scale=1.0)
+    run = trainer(tmp_path / "run", FlowSDE(0.7), sampling=sampling, updates_per_epoch=1)
+    batch = run.collect(0)
+    assert [len(step.latents) for step in batch.steps] == [4] + [24] * (STEPS - 1)
+    seen = run.update(batch)
+    assert seen["ratio_max"] == 0
+    assert run.model.bias.detach()[:STEPS].all(), "each step has learned"

@@ -26,6 +26,9 @@ GENTLE = Optimizer(
     ema_every=1,
 )
 FANNED = Sampling(FanOut(FlowSDE(0.7), (1,)), 5, 4, batch_size=2, rows_per_call=4, steps=3, guidance_scale=2.0)
+SHARED = Sampling(
+    AllSteps(FlowSDE(0.7), shared_noise=True), 5, 4, batch_size=2, rows_per_call=4, steps=3, guidance_scale=2.0
+)
 UNEVEN = Sampling(AllSteps(FlowSDE(0.7)), 3, 3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
 
 
@@ -63,7 +66,7 @@ def policy(folder: Path, changes: dict[str, Any], rank: int = 0) -> dict[str, An
     return {name: value.detach().numpy() for name, value in trainer.model.trainable().items()}
 
 
-@pytest.mark.parametrize("sampling", [UNEVEN, FANNED], ids=["uneven", "fanned"])
+@pytest.mark.parametrize("sampling", [UNEVEN, FANNED, SHARED], ids=["uneven", "fanned", "shared"])
 def test_six_updates_come_to_the_same_policy(sampling, tmp_path):
     """Within 1e-6, at a learning rate at which they move it by more than 1e-3; and to the same metrics."""
     start = {name: value.detach().numpy() for name, value in job(tmp_path / "x").model.trainable().items()}

@@ -146,6 +146,21 @@ def test_reference_is_the_base() -> None:
     assert all(parameter.requires_grad for parameter in model.trainable().values())
 
 
+def test_embeddings_beyond_the_limit_are_made_again() -> None:
+    plain = SD3(tiny_sd3(), max_sequence_length=0)
+    texts = [f"{count} boxes" for count in range(6)]
+    size = sum(one[0].nbytes for one in (plain.encode(texts).prompt_embeds, plain.encode(texts).pooled_prompt_embeds))
+    model = SD3(tiny_sd3(), max_sequence_length=0, embeddings_gb=3.5 * size / 1e9)
+    for some in (texts[:2], texts[2:4], texts[:1], texts[4:]):
+        assert torch.equal(model.encode(some).prompt_embeds, plain.encode(some).prompt_embeds)
+    assert [*model._encoded] == [texts[4], texts[5], ""], "the last used stay, and the negative prompt"
+    assert torch.equal(model.encode(texts).pooled_prompt_embeds, plain.encode(texts).pooled_prompt_embeds)
+    model.free_encoders()
+    assert torch.equal(model.encode(texts[::-1]).prompt_embeds, plain.encode(texts[::-1]).prompt_embeds)
+    with pytest.raises(ValueError, match="was not encoded before"):
+        model.encode(["another"])
+
+
 @pytest.mark.parametrize("reference", ["base", "start"])
 def test_saved_policy_loads_in_plain_diffusers_and_goes_on(reference, tmp_path: FilePath) -> None:
     model = SD3(tiny_sd3(), max_sequence_length=12)

@@ -176,7 +176,7 @@ class Trainer(ABC):
         batch = self.collect(self.state.epoch, keeper)
         metrics = summary(batch) | self.update(batch, keeper=keeper)
         epoch = self.collection.epoch(self.state.epoch)
-        needed = self.collection.needed(epoch, len(self.trained_steps(epoch.path)), self.needs_reference())
+        needed = self.collection.needed(epoch, self.trained_steps(epoch.path), self.needs_reference())
         metrics |= keeper.costs(needed)
         self.state.epoch, seen = self.state.epoch + 1, self.state.seen
         self.state.part, self.state.buffer, self.state.seen = 0, {}, []

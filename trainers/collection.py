@@ -105,7 +105,8 @@ class Collection:
         told = self.prompts.rows([epoch.prompts[group] for group, _ in samples[:kept]])
         with self.model.meter.phase("reward"), keyed_globals(self.seed, "reward", epoch.number, index):
             scores = detached(self.reward.score(Media(pixels), told))
-        return Collected(tuple(step.rows(torch.arange(len(rows))) for step in made.steps), scores)
+        steps = [step.rows(torch.arange(kept // step.members)) for step in made.steps]
+        return Collected(tuple(steps), scores)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Float[Tensor, "b *frames 3 h w"]:
@@ -116,7 +117,7 @@ class Collection:
                 self.model.meter.count("decode")
             return torch.cat([self.model.decode(part) for part in parts])
 
-    def needed(self, epoch: Epoch, trained: int, reference: bool) -> Rows:
+    def needed(self, epoch: Epoch, trained: Sequence[int], reference: bool) -> Rows:
         """The fewest network rows that the epoch's rollouts and its update can do with.
 
         Args:
@@ -126,9 +127,10 @@ class Collection:
         rows, samples, steps = len(epoch.rows), len(epoch.rows) * epoch.members, len(epoch.path.transitions)
         apart = 0 if epoch.path.branch is None else steps - epoch.path.branch - 1
         sampled = Rows(guided * (rows * (steps - apart) + samples * apart))
+        learnt = sum(rows if epoch.path.branch is None or step <= epoch.path.branch else samples for step in trained)
         both = guided == 2 and self.policy.unconditional_grad
-        update = Rows(0, 2 * rows * trained) if both else Rows((guided - 1) * rows * trained, rows * trained)
-        return sampled + update + Rows(guided * rows * trained if reference else 0)
+        update = Rows(0, 2 * learnt) if both else Rows((guided - 1) * learnt, learnt)
+        return sampled + update + Rows(guided * learnt if reference else 0)
 
 
 def join_steps_of(parts: Sequence[Collected]) -> tuple[Step, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import UInt8
 from torch import Tensor
 
 from flowalign.distributed import on_main, rank, share, world_size
@@ -110,10 +110,10 @@ class Evaluator:
             raise ValueError(f"evaluation.metric {name!r} is no part of the reward; it has {sorted(known.parts)}")
         return known.parts[name]
 
-    def sample(self, asked: Asked = never) -> tuple[Float[Tensor, "b 3 h w"], Scores] | None:
+    def sample(self, asked: Asked = never) -> tuple[UInt8[Tensor, "b 3 h w"], Scores] | None:
         """Pictures of all held-out prompts from their fixed noise, and their scores, on every process.
 
-        The pictures are rounded to the 8 bits that a file keeps; the scores are of the pictures as they were made.
+        The pictures have the 8 bits that a file keeps; the scores are of the pictures as they were made.
         """
         assert self.prompts is not None
         total, calls = len(self.prompts), -(-len(self.prompts) // self.rows)
@@ -134,7 +134,7 @@ class Evaluator:
                     scores.append(detached(self.reward.score(Media(pixels), told)))
                 made.append(to_bytes(pixels))
         at = range(mine.start * self.rows, min(mine.stop * self.rows, total))
-        return gather_rows(torch.cat(made) if made else None, at, total) / 255, gather_scores(scores, at, total)
+        return gather_rows(torch.cat(made) if made else None, at, total), gather_scores(scores, at, total)
 
     def _write(self, run: Run, epoch: int, pixels: Tensor, scores: Scores) -> None:
         assert self.prompts is not None
@@ -154,11 +154,12 @@ class Evaluator:
             return
         values = [f"{value:.2f}" if ok else "no score" for value, ok in zip(scores.total, scores.valid, strict=True)]
         captions = [f"{text}\n{value}" for text, value in zip(self.prompts.text, values, strict=True)][:count]
-        run.save_grid(f"epoch-{epoch:06d}", pixels[:count], captions)
+        shown = pixels[:count] / 255
+        run.save_grid(f"epoch-{epoch:06d}", shown, captions)
         first = run.folder / "evaluations" / "epoch-000000.zip"
         if epoch == 0 or not first.is_file():
             return
-        both = torch.stack([unzipped(first, count), pixels[:count]], 1).flatten(0, 1)
+        both = torch.stack([unzipped(first, count), shown], 1).flatten(0, 1)
         named = [line for text in self.prompts.text[:count] for line in (f"before: {text}", "after")]
         run.save_grid("before_after", both, named)
 

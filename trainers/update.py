@@ -130,8 +130,10 @@ class Update:
                 continue
             if not trainer.needs_reference() and not (advantages * weights).any():
                 continue  # nothing to learn from: no call
-            taken = step.rows(places.to(step.latents.device))
-            self._backward(taken, condition, advantages, weights, total, watch, samples)
+            apart = batch.members // step.members  # rows of this call for each of the batch's
+            taken = step.rows(expand_rows(places, apart).to(step.latents.device))
+            told = condition.rows(torch.arange(len(padded)).repeat_interleave(apart)) if apart > 1 else condition
+            self._backward(taken, told, advantages, weights, total, watch, samples)
 
     def _backward(
         self,

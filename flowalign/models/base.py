@@ -5,6 +5,7 @@ x_sigma = (1 - sigma) x_0 + sigma eps,   velocity = eps - x_0,   sigma falls fro
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +27,7 @@ class Model(ABC):
 
     latent_shape: tuple[int, ...]
     device: torch.device
+    embeddings_limit: float = math.inf  # bytes of prompts' embeddings that are kept, on the host
     scale_loss: bool = False  # gradients pass through fp16, whose small numbers vanish unless scaled up
 
     @cached_property
@@ -35,7 +37,7 @@ class Model(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """One row per prompt, in order; equal prompts are encoded once in the model's life."""
+        """One row per prompt, in order; a prompt whose embeddings are still kept is not encoded again."""
 
     @abstractmethod
     def sigmas(self, steps: int) -> list[float]:

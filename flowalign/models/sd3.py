@@ -50,6 +50,7 @@ class SD3(Model):
         compile: `torch.compile` the transformer.
         device: None for the pipeline's own device where it was moved, else CUDA if there is one.
         prompts_per_call: prompts in one call of the encoders; shorter batches are padded to it.
+        embeddings_gb: prompts' embeddings kept on the host, in 10^9 bytes; those that were not used for longest go.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SD3(Model):
         compile: bool = False,
         device: str | None = None,
         prompts_per_call: int = 8,
+        embeddings_gb: float = 8.0,
     ) -> None:
         loaded = load_pipeline(pipeline, StableDiffusion3Pipeline) if isinstance(pipeline, str) else pipeline
         self.pipeline: Any = loaded
@@ -98,13 +100,18 @@ class SD3(Model):
                 raise ValueError(f"{name} must be a multiple of {factor * self.pipeline.patch_size}, got {size}")
         channels = self.transformer.config.in_channels  # type: ignore[union-attr]
         self.latent_shape = (channels, self.height // factor, self.width // factor)
-        self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
+        self.embeddings_limit = embeddings_gb * 1e9
+        self._encoded: dict[str, tuple[Tensor, Tensor]] = {}  # those used last at the end
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """See `Model.encode`. Raises ValueError for a new prompt after `free_encoders`."""
-        self._encode_missing([self.negative_prompt, *prompts])
-        embeds, pooled = (torch.stack(rows) for rows in zip(*(self._encoded[text] for text in prompts), strict=True))
-        negative, negative_pooled = self._encoded[self.negative_prompt]
+        wanted = dict.fromkeys([*prompts, self.negative_prompt])
+        self._encode_missing([*wanted])
+        self._encoded |= {text: self._encoded.pop(text) for text in wanted}
+        self._forget(len(wanted))
+        rows = zip(*(self._encoded[text] for text in prompts), strict=True)
+        embeds, pooled = (torch.stack(one).to(self.device) for one in rows)
+        negative, negative_pooled = (one.to(self.device) for one in self._encoded[self.negative_prompt])
         count = len(prompts)
         return Condition(
             embeds,
@@ -131,7 +138,15 @@ class SD3(Model):
                 max_sequence_length=self.max_sequence_length,
             )
             for i, text in enumerate(texts):
-                self._encoded[text] = (embeds[i].clone(), pooled[i].clone())
+                self._encoded[text] = (embeds[i].cpu().clone(), pooled[i].cpu().clone())
+
+    def _forget(self, kept: int) -> None:
+        """Drop the embeddings that were not used for longest where all are more than the limit; some stay."""
+        size = sum(one.nbytes for one in self._encoded[self.negative_prompt])  # all have one shape
+        most = max(kept, int(self.embeddings_limit / size))
+        if self.pipeline.text_encoder is not None:  # once freed, none can be made again
+            for text in [*self._encoded][: max(len(self._encoded) - most, 0)]:
+                del self._encoded[text]
 
     def free_encoders(self) -> None:
         """Drop the text encoders; prompts encoded so far stay usable."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowalign import checkpoint
-from flowalign.pictures import zipped
+from flowalign.pictures import to_bytes, zipped
 from trainers.collection import Epoch
 from trainers.preflight.geometry import Geometry, looked_at
 from trainers.preflight.trial import Encoding, Judging, Learning, Rollouts
@@ -125,7 +125,7 @@ def times(trainer: Trainer, cut: Geometry, trial: Trial) -> Times:
 
 def _rolled_rows(trainer: Trainer, epoch: Epoch, rows: int) -> int:
     """Network rows of rollouts of so many rows, padding included."""
-    return trainer.collection.needed(replace(epoch, rows=epoch.rows[:1] * rows), 0, False).forward
+    return trainer.collection.needed(replace(epoch, rows=epoch.rows[:1] * rows), (), False).forward
 
 
 def _evaluation_seconds(trainer: Trainer, judging: Judging | None, processes: int) -> float:
@@ -147,7 +147,7 @@ def _saves(trainer: Trainer, seconds: float) -> int:
 
 
 def _prompts_encoded(trainer: Trainer) -> int:
-    """Different prompts that the run encodes, those of the evaluation among them; each is encoded once and kept."""
+    """Different prompts that the run encodes, those of the evaluation among them; each once, if all can be kept."""
     used = trainer.prompts.text if trainer.epochs * trainer.sampling.groups >= len(trainer.prompts) else ()
     drawn = len(set(used)) if used else trainer.epochs * trainer.sampling.groups
     held_out = trainer.evaluator.prompts
@@ -181,12 +181,12 @@ def space(trainer: Trainer, cut: Geometry, trial: Trial) -> Space:
     """Upper bounds, but for the peak, which was measured, and the pictures' files, whose first ones were."""
     held = max(_rollout_bytes(trainer, epoch, cut) for epoch in looked_at(trainer))
     kept_already = sum(step.latents.nbytes + step.latents_next.nbytes for step in trial.rollouts.batch.steps)
-    embeddings = _prompts_encoded(trainer) * trial.encoding.size
+    embeddings = int(min(_prompts_encoded(trainer) * trial.encoding.size, trainer.model.embeddings_limit))
     prompts = trainer.evaluator.prompts
     count = len(prompts) if prompts is not None else 0
-    pictures = count * trial.rollouts.pixels[0].numel() * 5  # 8 bits to exchange them, then float32
-    on_device = trial.peak + moments(trainer) + max(held - kept_already, 0) + embeddings
-    memory = on_device if trainer.model.device.type == "cuda" else on_device + pictures
+    pictures = count * trial.rollouts.pixels[0].numel()  # in 8 bits
+    on_device = trial.peak + moments(trainer) + max(held - kept_already, 0)
+    memory = on_device if trainer.model.device.type == "cuda" else on_device + embeddings + pictures
     largest = trial.saving.size + held * len(cut.shares)
     kept = (trainer.checkpoints.keep + 2) * largest  # the best policy's, and the one being written
     files = _evaluation_files(trainer, trial, count)
@@ -217,7 +217,7 @@ def _evaluation_files(trainer: Trainer, trial: Trial, count: int) -> int:
         return 0
     whole = trainer.evaluation.pictures
     pixels = trial.rollouts.pixels
-    large, small = (len(zipped(pixels, number)) / len(pixels) for number in (len(pixels), 0))
+    large, small = (len(zipped(to_bytes(pixels), number)) / len(pixels) for number in (len(pixels), 0))
     each = min(whole, count) * large + max(count - whole, 0) * small
     return int(4 * each + evaluations(trainer) * whole * large)
 

@@ -87,7 +87,7 @@ def looked_at(trainer: Trainer) -> tuple[Epoch, ...]:
 
 def floor_rows(trainer: Trainer, epoch: Epoch) -> Rows:
     """The fewest network rows that an epoch can do with."""
-    return trainer.collection.needed(epoch, len(trainer.trained_steps(epoch.path)), trainer.needs_reference())
+    return trainer.collection.needed(epoch, trainer.trained_steps(epoch.path), trainer.needs_reference())
 
 
 def spent_rows(trainer: Trainer, epoch: Epoch, cut: Geometry) -> Rows:
@@ -95,13 +95,13 @@ def spent_rows(trainer: Trainer, epoch: Epoch, cut: Geometry) -> Rows:
 
     The update takes fewer where all samples of a micro-batch have advantage 0: it is left out.
     """
-    trained, reference = len(trainer.trained_steps(epoch.path)), trainer.needs_reference()
+    trained, reference = trainer.trained_steps(epoch.path), trainer.needs_reference()
     rolled = _padded(epoch, sum(cut.shares) * cut.batch_size)
     updated = _padded(epoch, sum(cut.update_shares) * cut.batch_size)
     needed = trainer.collection.needed
-    both, rollouts = needed(updated, trained, reference), needed(updated, 0, False)
+    both, rollouts = needed(updated, trained, reference), needed(updated, (), False)
     update = Rows(both.forward - rollouts.forward, both.gradient)
-    return needed(rolled, 0, False) + update
+    return needed(rolled, (), False) + update
 
 
 def _padded(epoch: Epoch, rows: int) -> Epoch:

@@ -12,7 +12,7 @@ from flowalign.models.sd3 import SD3
 from flowalign.report.formats import percent
 from flowalign.transitions import mean_of_elements, sum_of_elements
 from trainers.flow_grpo import FlowGRPO
-from trainers.preflight.geometry import Geometry, PlannedStep, better_batch_size, looked_at
+from trainers.preflight.geometry import Geometry, PlannedStep, better_batch_size
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -48,7 +48,6 @@ def error(text: str) -> Problem:
 def of_settings(trainer: Trainer, cut: Geometry, steps: tuple[PlannedStep, ...]) -> list[Problem]:
     """All that the settings tell."""
     found = [
-        _parted(trainer),
         _no_noise(steps),
         _last_step(steps),
         _guidance(trainer),
@@ -67,19 +66,6 @@ def of_settings(trainer: Trainer, cut: Geometry, steps: tuple[PlannedStep, ...])
         _half_precision(trainer),
     ]
     return [problem for problem in found if problem is not None]
-
-
-def _parted(trainer: Trainer) -> Found:
-    for epoch in looked_at(trainer):
-        branch = epoch.path.branch
-        later = [step for step in trainer.trained_steps(epoch.path) if branch is not None and step > branch]
-        if later and epoch.members > 1:
-            return error(
-                f"the plan shares a group's start noise, its samples part at step {branch}, and step {later[0]} is "
-                "trained after that: an update replays one row for each group, and from there on there is one for "
-                "each sample. Take FanOut, or a plan with one stochastic step, or leave shared_noise out"
-            )
-    return None
 
 
 def _no_noise(steps: tuple[PlannedStep, ...]) -> Found:
