@@ -26,13 +26,15 @@ class Progress:
         self.total, self.done, self.interval = total, done, interval
         self._first, self._samples = done, 0
         self._start = time.monotonic()
-        self._last_line, self._said = self._start, False
+        self._last_line = self._last_step = self._start
+        self._said = False
         self._live = sys.stderr.isatty() and rank() == 0
         self._bar = tqdm(total=total, initial=done, disable=not self._live, unit="step", dynamic_ncols=True)
 
     def update(self, samples: int, metrics: Mapping[str, float | None]) -> None:
         """One step is done: it took `samples` samples, and these are the numbers to show (None is left out)."""
         self.done += 1
+        self._last_step = time.monotonic()
         self._samples += samples
         shown = {name: f"{value:.3f}" for name, value in metrics.items() if value is not None}
         shown["samples/s"] = f"{self._samples / max(time.monotonic() - self._start, 1e-9):.1f}"
@@ -48,12 +50,12 @@ class Progress:
         return not self._said or self.done == self.total or time.monotonic() - self._last_line >= self.interval
 
     def within(self, what: str, done: int, total: int) -> None:
-        """How far the step in hand is: on a terminal at once, elsewhere after `interval` seconds of silence."""
-        text = f"{what} {done}/{total}"
+        """How far the step in hand is: on a terminal at once, elsewhere if it takes longer than `interval`."""
+        text, now = f"{what} {done}/{total}", time.monotonic()
         if self._live:
             self._bar.set_description_str(text)
-        elif rank() == 0 and time.monotonic() - self._last_line >= self.interval:
-            self._last_line = time.monotonic()
+        elif rank() == 0 and now - max(self._last_line, self._last_step) >= self.interval:
+            self._last_line = now
             print(f"step {self.done + 1}/{self.total}  {text}", file=sys.stderr, flush=True)
 
     def _line(self, shown: Mapping[str, str]) -> str:

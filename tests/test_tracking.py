@@ -137,6 +137,24 @@ def test_tensorboard_gets_config_and_metrics(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "trackers").rglob("events.*"))
 
 
+def test_a_long_step_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("flowalign.progress.time.monotonic", lambda: now[0])
+    progress = Progress(total=3, interval=30.0)
+    for done in range(10):
+        progress.within("rollout", done, 10)
+        now[0] += 10
+    progress.update(16, {"reward": 0.5})
+    for done in range(3):
+        now[0] += 10
+        progress.within("update", done, 3)
+        if done == 1:
+            progress.update(16, {"reward": 0.5})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["step 1/3  rollout 3/10", "step 1/3  rollout 6/10", "step 1/3  rollout 9/10"]
+    assert [line.split("  ")[0] for line in lines[3:]] == ["step 1/3"], "short steps say nothing within"
+
+
 def test_progress_prints_seldom_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total=50, interval=3600.0)
     for step in range(50):

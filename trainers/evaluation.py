@@ -108,7 +108,8 @@ class Evaluator:
             return known.total
         if name not in known.parts:
             raise ValueError(f"evaluation.metric {name!r} is no part of the reward; it has {sorted(known.parts)}")
-        return known.parts[name]
+        column = known.parts[name]
+        return column[~column.isnan()]  # prompts that it does not apply to
 
     def sample(self, asked: Asked = never) -> tuple[UInt8[Tensor, "b 3 h w"], Scores] | None:
         """Pictures of all held-out prompts from their fixed noise, and their scores, on every process.

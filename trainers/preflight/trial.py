@@ -184,7 +184,7 @@ def first_groups(trainer: Trainer, parts: list[Collected]) -> Batch:
         credited = trainer.credit(valid_rows(scores), group_ids[known])
         advantages = credited.new_zeros(kept, *credited.shape[1:])
         advantages[known] = credited
-    steps = tuple(step.rows(torch.arange(rows)) for step in join_steps_of(parts))
+    steps = tuple(step.rows(torch.arange(kept // step.members)) for step in join_steps_of(parts))
     texts = tuple(collection.text(epoch, row) for row in range(rows))
     return Batch(epoch.path, torch.arange(rows), texts, steps, scores, group_ids, advantages, known.float())
 
