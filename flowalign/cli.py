@@ -160,12 +160,17 @@ def train(arguments: argparse.Namespace, words: list[str]) -> None:
     """Check the config with the options in it, then build the trainer and run it, or go on with its run."""
     call = read_call(arguments, words)
     from flowalign import distributed
+    from flowalign.interrupt import Stopped
 
     check_files(call)
     distributed.start()
     trainer: Trainer = construct(call)
     changes = tuple(arguments.allow_change)
-    trainer.train({"trainer": call.path, **arguments_of(call)}, resume=True, allow_change=changes)
+    try:
+        trainer.train({"trainer": call.path, **arguments_of(call)}, resume=True, allow_change=changes)
+    except Stopped:
+        distributed.finish()  # all processes stop together; after any other error one may have gone
+        raise
     distributed.finish()
 
 
