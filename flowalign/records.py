@@ -113,32 +113,57 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A list of prompts, each with a record of its own (a reward's targets, a category); text need not be unique."""
+    """A list of prompts, each with a record of its own (a reward's targets, a category); text need not be unique.
+
+    `groups` numbers the groups that are compared with one another, where samples of a batch belong to some.
+    """
 
     text: tuple[str, ...]
     metadata: tuple[dict[str, Any], ...]
+    groups: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.text) != len(self.metadata):
             raise ValueError(f"{len(self.text)} prompts but {len(self.metadata)} metadata records")
+        if self.groups is not None and len(self.groups) != len(self.text):
+            raise ValueError(f"{len(self.text)} prompts but {len(self.groups)} group numbers")
 
     def __len__(self) -> int:
         return len(self.text)
 
     def rows(self, index: list[int]) -> Prompts:
         """The chosen prompts, in the order given."""
-        return Prompts(tuple(self.text[i] for i in index), tuple(self.metadata[i] for i in index))
+        groups = None if self.groups is None else tuple(self.groups[i] for i in index)
+        return Prompts(tuple(self.text[i] for i in index), tuple(self.metadata[i] for i in index), groups)
 
 
 @dataclass(frozen=True)
 class Media:
-    """Images [b, 3, h, w] or videos [b, f, 3, h, w] in [0, 1]; videos carry their frames per second."""
+    """Images [b, 3, h, w] or videos [b, f, 3, h, w] in [0, 1]; videos carry their frames per second.
+
+    `references` holds for each of them the pictures [k, 3, h, w] that it should be like (a subject, a source), if any.
+    """
 
     pixels: Float[Tensor, "b *frames 3 h w"]
     fps: float | None = None
+    references: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.references is not None and len(self.references) != len(self.pixels):
+            raise ValueError(f"{len(self.pixels)} media but {len(self.references)} sets of references")
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the pixels have frames."""
+        return self.pixels.ndim == 5
+
+    def rows(self, index: list[int]) -> Media:
+        """The chosen media, in the order given."""
+        references = None if self.references is None else tuple(self.references[i] for i in index)
+        return Media(self.pixels[index], self.fps, references)
 
 
 @dataclass(frozen=True)

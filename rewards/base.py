@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,18 +18,73 @@ from torch import Tensor
 from flowalign.records import Media, Prompts, Scores
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a reward is.
+
+    weights: hub id and file, or where else they are from. licence: of the weights. usual: the range most scores lie in.
+    modality: what it looks at; "any" for what passes its media on. scope: what one score depends on: its own sample,
+    the samples of its group, which have to be scored together, or all that are scored together.
+    """
+
+    weights: str = ""
+    licence: str = ""
+    usual: tuple[float, float] | None = None
+    modality: Literal["image", "video", "latent", "any"] = "image"
+    scope: Literal["sample", "group", "set"] = "sample"
+
+
 class Reward(ABC):
     """Scores media for prompts. Sums, differences and multiples of rewards are rewards and keep their parts.
+
+    A new reward writes `score`; a reward is used by calling it, which checks what goes in and what comes out.
 
     name: of its part in the scores. differentiable: whether scores carry a gradient to the pixels.
     """
 
     name: str
     differentiable: bool = False
+    card: Card = Card()
 
     @abstractmethod
     def score(self, media: Media, prompts: Prompts) -> Scores:
         """Scores of each of the media for its prompt."""
+
+    def __call__(self, media: Media, prompts: Prompts, *, grad: bool = False, chunk: int | None = None) -> Scores:
+        """Scores in float32, with their graph to the pixels if `grad`; what is not finite is not valid.
+
+        Args:
+            chunk: the most media scored at once, for what scores each on its own.
+
+        Raises: ValueError for another number of prompts than media, for media of the wrong kind, for `grad` where there
+        is no gradient, and for samples of groups without their group's numbers.
+        """
+        self._check(media, prompts, grad)
+        size = len(media) if chunk is None or self.card.scope != "sample" else chunk
+        with torch.set_grad_enabled(grad):
+            parts = [self._part(media, prompts, start, size) for start in range(0, len(media), max(size, 1))]
+        scores = join_scores(parts) if parts else Scores(torch.zeros(0), {}, torch.zeros(0, dtype=torch.bool))
+        total = scores.total.float()
+        return Scores(total, scores.parts, scores.valid & total.detach().isfinite())
+
+    def _part(self, media: Media, prompts: Prompts, start: int, size: int) -> Scores:
+        if size >= len(media):
+            return self.score(media, prompts)
+        index = [*range(start, min(start + size, len(media)))]
+        return self.score(media.rows(index), prompts.rows(index))
+
+    def _check(self, media: Media, prompts: Prompts, grad: bool) -> None:
+        name, card = type(self).__name__, self.card
+        if len(media) != len(prompts):
+            raise ValueError(f"{name}: {len(media)} media but {len(prompts)} prompts")
+        if card.modality == "image" and media.is_video:
+            raise ValueError(f"{name} scores pictures, and these are videos: wrap it as rewards.OnFrames({name}(...))")
+        if card.modality == "video" and not media.is_video:
+            raise ValueError(f"{name} scores videos [b, f, 3, h, w], and these are pictures")
+        if grad and not self.differentiable:
+            raise ValueError(f"{name} has no gradient: it cannot be backpropagated through")
+        if card.scope == "group" and prompts.groups is None:
+            raise ValueError(f"{name} compares the samples of a group: it needs their group numbers (Prompts.groups)")
 
     def __add__(self, other: Reward | float) -> WeightedSum:
         return _sum(self, other, 1.0)
@@ -54,6 +110,24 @@ class Reward(ABC):
         return self * -1.0
 
 
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Scores of several batches as one."""
+    names = parts[0].parts
+    return Scores(
+        torch.cat([part.total for part in parts]),
+        {name: torch.cat([part.parts[name] for part in parts]) for name in names},
+        torch.cat([part.valid for part in parts]),
+    )
+
+
+def joint_card(rewards: Sequence[Reward]) -> Card:
+    """The card of a combination: it looks at what its terms look at, and at as many samples as the widest of them."""
+    scopes = ("sample", "group", "set")
+    widest = max((reward.card.scope for reward in rewards), key=scopes.index)
+    kinds = {reward.card.modality for reward in rewards} - {"any"}
+    return Card(modality=kinds.pop() if len(kinds) == 1 else "any", scope=widest)
+
+
 def simple_scores(name: str, total: Float[Tensor, " b"], parts: dict[str, Tensor] | None = None) -> Scores:
     """Scores in float32 of a reward that has one number per sample; those that are not finite are not valid."""
     total = total.float()
@@ -73,6 +147,7 @@ class WeightedSum(Reward):
             raise ValueError(f"a weighted sum needs as many weights as rewards, got {len(weights)} and {len(rewards)}")
         self.rewards, self.weights, self.constant = tuple(rewards), tuple(map(float, weights)), float(constant)
         self.differentiable = all(reward.differentiable for reward in rewards)
+        self.card = joint_card(rewards)
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
         terms = [reward.score(media, prompts) for reward in self.rewards]
@@ -91,6 +166,7 @@ class Minimum(Reward):
             raise ValueError("a minimum needs at least one reward")
         self.rewards = tuple(rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)
+        self.card = joint_card(rewards)
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
         terms = [reward.score(media, prompts) for reward in self.rewards]
@@ -130,6 +206,8 @@ class FunctionReward(Reward):
 
     Raises: ValueError where the callable returns something else, or another number of scores.
     """
+
+    card = Card(modality="any")
 
     def __init__(self, function: Callable[[Media, Prompts], Any], differentiable: bool = False) -> None:
         self.function, self.differentiable = function, differentiable

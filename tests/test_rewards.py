@@ -183,3 +183,70 @@ def test_import_is_light(path: Path) -> None:
     """What loads models is imported where it is used."""
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not [text for text in map(ast.unparse, imports) if re.match(r"(import|from) (transformers|diffusers)", text)]
+
+
+class Redness(Reward):
+    """Differentiable; scores the first picture of what it is shown by nan where asked to."""
+
+    name, differentiable = "redness", True
+
+    def __init__(self, broken: int | None = None) -> None:
+        self.broken, self.seen = broken, list[int]()
+
+    def score(self, media: Media, prompts: Prompts) -> Scores:
+        self.seen.append(len(media))
+        total = media.pixels[:, 0].mean((1, 2)).double()
+        if self.broken is not None:
+            total = total.where(torch.arange(len(total)) != self.broken, torch.nan)
+        return Scores(total, {"redness": total}, torch.ones(len(total), dtype=torch.bool))
+
+
+def several(count: int) -> tuple[Media, Prompts]:
+    pixels = torch.rand(count, 3, 4, 4, requires_grad=True)
+    return Media(pixels, references=tuple(torch.full((1, 3, 2, 2), float(i)) for i in range(count))), Prompts(
+        tuple(f"prompt {i}" for i in range(count)), ({},) * count, tuple(range(count))
+    )
+
+
+def test_a_call_is_float32_and_has_a_gradient_only_if_asked() -> None:
+    media, prompts = several(3)
+    plain, traced = Redness()(media, prompts), Redness()(media, prompts, grad=True)
+    assert plain.total.dtype == traced.total.dtype == torch.float32
+    assert not plain.total.requires_grad
+    traced.total.sum().backward()
+    assert media.pixels.grad is not None
+    assert torch.equal(media.pixels.grad[:, 0], torch.full((3, 4, 4), 1 / 16))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
+def test_chunks_and_order_change_nothing(chunk: int) -> None:
+    media, prompts = several(7)
+    reward, whole = Redness(), Redness()(media, prompts)
+    assert torch.equal(reward(media, prompts, chunk=chunk).total, whole.total)
+    assert max(reward.seen) <= chunk
+    order = [6, 0, 3, 1, 5, 2, 4]
+    assert torch.equal(reward(media.rows(order), prompts.rows(order)).total, whole.total[order])
+    assert media.rows(order).references[1][0, 0, 0, 0] == 0
+    assert prompts.rows(order).groups == tuple(order)
+
+
+def test_what_is_not_finite_is_not_valid_and_stays_so_in_sums() -> None:
+    scores = (Redness(broken=1) * 2 + 1)(*several(3))
+    assert scores.valid.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda media, prompts: Redness()(media, prompts.rows([0])), "Redness: 2 media but 1 prompts"),
+        (lambda media, prompts: (-Length())(media, prompts, grad=True), "has no gradient"),
+        (
+            lambda media, prompts: (Redness() + 1)(Media(torch.zeros(2, 5, 3, 4, 4), 8.0), prompts),
+            r"scores pictures, and these are videos: wrap it as rewards\.OnFrames",
+        ),
+        (lambda media, prompts: Media(media.pixels, references=()), "2 media but 0 sets of references"),
+    ],
+)
+def test_a_wrong_call_says_what_to_do(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*several(2))

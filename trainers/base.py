@@ -116,6 +116,14 @@ class Trainer(ABC):
                 f"updates_per_epoch must lie in 1 ... {len(epoch.rows)} (the rows of an epoch), "
                 f"not {self.updates_per_epoch}"
             )
+        whole = self.sampling.batch_size % (self.sampling.group_size // epoch.members) == 0
+        if self.reward.card.scope == "group" and not whole:
+            raise ValueError(
+                f"the reward compares the samples of a group, so that sampling.batch_size has to be a multiple of "
+                f"group_size {self.sampling.group_size}, not {self.sampling.batch_size}"
+            )
+        if self.reward.card.scope == "set":
+            raise ValueError("the reward scores a whole set of samples at once: it is for evaluation, not for training")
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
 

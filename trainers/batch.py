@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -62,16 +60,6 @@ class Batch:
     def members(self) -> int:
         """Samples per row."""
         return len(self.group_ids) // len(self.texts)
-
-
-def join_scores(parts: Sequence[Scores]) -> Scores:
-    """Scores of several batches as one."""
-    names = parts[0].parts
-    return Scores(
-        torch.cat([part.total for part in parts]),
-        {name: torch.cat([part.parts[name] for part in parts]) for name in names},
-        torch.cat([part.valid for part in parts]),
-    )
 
 
 def detached(scores: Scores) -> Scores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,8 @@ from flowalign.randomness import key_noise, keyed_globals
 from flowalign.records import Media, Prompts, Scores, Step, join_steps
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
-from rewards.base import Reward
-from trainers.batch import Sampling, detached, join_scores
+from rewards.base import Reward, join_scores
+from trainers.batch import Sampling, detached
 from trainers.state import Collected
 
 
@@ -102,9 +102,10 @@ class Collection:
             )
         kept = len(rows) * members
         pixels = self.decode(made.latents[:kept])
-        told = self.prompts.rows([epoch.prompts[group] for group, _ in samples[:kept]])
+        compared = tuple(group for group, _ in samples[:kept])
+        told = replace(self.prompts.rows([epoch.prompts[group] for group in compared]), groups=compared)
         with self.model.meter.phase("reward"), keyed_globals(self.seed, "reward", epoch.number, index):
-            scores = detached(self.reward.score(Media(pixels), told))
+            scores = detached(self.reward(Media(pixels), told))
         steps = [step.rows(torch.arange(kept // step.members)) for step in made.steps]
         return Collected(tuple(steps), scores)
 

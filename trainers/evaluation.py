@@ -132,7 +132,7 @@ class Evaluator:
                 pixels = next(drawn)
                 told = self.prompts.rows([*at])
                 with keyed_globals(self.seed, "evaluation_reward", mine[turn]):
-                    scores.append(detached(self.reward.score(Media(pixels), told)))
+                    scores.append(detached(self.reward(Media(pixels), told)))
                 made.append(to_bytes(pixels))
         at = range(mine.start * self.rows, min(mine.stop * self.rows, total))
         return gather_rows(torch.cat(made) if made else None, at, total), gather_scores(scores, at, total)

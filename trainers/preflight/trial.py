@@ -25,8 +25,8 @@ from flowalign.rollout import Policy, rollout
 from flowalign.sample import start_noise
 from flowalign.schedules import Path
 from flowalign.transitions import ODE
-from rewards.base import Reward
-from trainers.batch import Batch, detached, join_scores, valid_rows
+from rewards.base import Reward, join_scores
+from trainers.batch import Batch, detached, valid_rows
 from trainers.collection import Collection, join_steps_of
 from trainers.state import Collected
 from trainers.update import Update
@@ -44,6 +44,7 @@ class Seen(Reward):
 
     def __init__(self, reward: Reward) -> None:
         self.reward, self.name, self.differentiable = reward, reward.name, reward.differentiable
+        self.card = reward.card
         self.pixels: list[Tensor] = []
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
@@ -240,7 +241,7 @@ def judge(trainer: Trainer) -> Judging | None:
     def look() -> None:
         pixels = model.decode(latents)
         with keyed_globals(trainer.seed, "evaluation_reward", 0):
-            scores.append(detached(evaluator.reward.score(Media(pixels), told)))
+            scores.append(detached(evaluator.reward(Media(pixels), told)))
 
     sample()
     sampled, looked = timed(model, sample), min(timed(model, look), timed(model, look))
