@@ -203,10 +203,15 @@ def _begin(folder: Path, making: Path) -> None:
 def _write(folder: Path, tree: Tree, name: str) -> None:
     data, tensors = pack(tree)
     (folder / f"{name}.json").write_text(json.dumps(data))
+    write_tensors(folder / f"{name}.safetensors", tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file. Raises: OSError, on a full disk too, where safetensors has an error of its own."""
     try:
-        save_file(tensors, folder / f"{name}.safetensors")
+        save_file(tensors, path)
     except SafetensorError as error:
-        raise OSError(f"{folder / name}.safetensors cannot be written: {error}") from error
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _seal(making: Path) -> None:

@@ -51,33 +51,6 @@ stop a run at its next safe point, with all saved. Several processes: torchrun, 
   torchrun --nproc-per-node 8 -m flowalign train flow_grpo/sd3.5_ocr
 """
 
-SAMPLE = """Sample pictures by the ODE, from noise that depends on the seed and the picture's number alone.
-
-TARGET is a run folder (its model with the policy it kept, its steps and guidance), a pipeline's folder or hub id, or
-`shapes`, the embedded model. Options set or replace arguments of the model:
-
-  flowalign sample runs/flow_grpo_shapes --prompt "a red circle" --prompt "two blue squares"
-  flowalign sample runs/flow_grpo_shapes --base --prompts prompts.txt --out before
-  flowalign sample shapes --lora runs/flow_grpo_shapes/lora --prompt "a red circle" --steps 8 --guidance-scale 1
-"""
-
-
-REPORT = """Write report.html into a run folder: what changed, curves, pictures, costs, settings. One file, no network.
-
-  flowalign report runs/flow_grpo_shapes
-"""
-
-
-CHECK = """Say what a run would do, take and cost, and what is wrong with it, before the hours are spent on it.
-
-CONFIG and its options are those of train. One tiny step is made and thrown away; the run folder is left as it is.
-
-  flowalign check flow_grpo/shapes
-  flowalign check flow_grpo/sd3.5_ocr --sampling.batch_size 6 --processes 8
-
-Exit status 2 where something would stop the run.
-"""
-
 
 class Trainer(Protocol):
     """What `flowalign train` runs. `config` is the resolved config, plain data, for the run folder."""
@@ -103,16 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flowalign {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train(commands)
-    add_sample(commands)
-    add_report(commands)
-    add_check(commands)
+    from flowalign import commands as others  # which imports from here
+
+    others.add_sample(commands)
+    others.add_score(commands)
+    others.add_report(commands)
+    others.add_check(commands)
+    others.add_serve(commands)
     arguments, rest = parser.parse_known_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import warns of image processors that no one uses
     try:
         check_packages()
         arguments.run(arguments, rest)
     except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":  # all processes stop together
+        if _rank() == "0":  # all processes stop together
             say(str(stop) or "stopped")
         return 130 if getattr(stop, "number", signal.SIGINT) == signal.SIGINT else 0
     except (ValueError, OSError) as error:
@@ -126,8 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def say(message: str) -> None:
     """A line for the user; of many processes, those after the first say which they are."""
-    rank = os.environ.get("RANK", "0")
+    rank = _rank()
     print(f"flowalign: {message}" if rank == "0" else f"flowalign: process {rank}: {message}", file=sys.stderr)
+
+
+def _rank() -> str:
+    """As torchrun and accelerate, or srun, tell it."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
 def add_command(commands: Any, name: str, help: str, description: str) -> argparse.ArgumentParser:
@@ -146,14 +128,14 @@ def add_train(commands: Any) -> None:
     parser.usage = "flowalign train [-h] CONFIG [--key value ...] [--allow-code] [--allow-change KEY] [--debug]"
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped config")
     parser.add_argument("--allow-code", action="store_true", help="let the config name classes outside flowalign")
-    parser.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="go on with a run though KEY has changed",
-    )
+    add_allow_change(parser)
     parser.set_defaults(run=train)
+
+
+def add_allow_change(parser: argparse.ArgumentParser) -> None:
+    """--allow-change KEY, more than once"""
+    told = "go on with a run though KEY has changed"
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help=told)
 
 
 def train(arguments: argparse.Namespace, words: list[str]) -> None:
@@ -189,92 +171,6 @@ def check_files(call: Call) -> None:
     for prompts in (known["prompts"], held_out):
         if isinstance(prompts, str):
             as_prompts(prompts)
-
-
-def add_sample(commands: Any) -> None:
-    """flowalign sample TARGET --prompt TEXT"""
-    parser = add_command(commands, "sample", "sample pictures with or without a LoRA", SAMPLE)
-    parser.usage = "flowalign sample [-h] TARGET (--prompt TEXT | --prompts FILE) [options] [--model.key value ...]"
-    parser.add_argument("target", metavar="TARGET", help="a run folder, a pipeline's folder or hub id, or 'shapes'")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given more than once")
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, or JSON lines with the key 'prompt'")
-    parser.add_argument("--lora", metavar="PATH", help="a folder or file of LoRA weights; a run's own by default")
-    parser.add_argument("--base", action="store_true", help="without a run's LoRA: what its model was before")
-    parser.add_argument("--steps", type=int, help="a run's own by default, otherwise 28")
-    parser.add_argument("--guidance-scale", type=float, help="a run's own by default, otherwise 4.5; 1 for none")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures made at a time")
-    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="FOLDER", help="must be new or empty")
-    parser.add_argument("--allow-code", action="store_true", help="let a run's config name classes outside flowalign")
-    parser.set_defaults(run=sample)
-
-
-def sample(arguments: argparse.Namespace, words: list[str]) -> None:
-    """Check everything, build the model, then write each picture as it is made, and a sheet of all of them."""
-    from flowalign.sample import Request, save_pictures
-
-    settings = Request(
-        arguments.target, tuple(arguments.prompt), arguments.prompts, arguments.lora, arguments.base, arguments.steps,
-        arguments.guidance_scale, arguments.seed, arguments.batch_size, arguments.out, read_options(words),
-        arguments.allow_code,
-    )  # fmt: skip
-    print(save_pictures(settings))
-
-
-def add_report(commands: Any) -> None:
-    """flowalign report RUN"""
-    parser = add_command(commands, "report", "write a run's report.html", REPORT)
-    parser.usage = "flowalign report [-h] RUN [--debug]"
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
-    parser.set_defaults(run=report)
-
-
-def report(arguments: argparse.Namespace, words: list[str]) -> None:
-    """Write the page and print its path."""
-    if words:
-        raise ConfigError(f"{words[0]} is no option of report")
-    from flowalign.report import write_report
-
-    print(write_report(arguments.run_folder))
-
-
-def add_check(commands: Any) -> None:
-    """flowalign check CONFIG [--key value ...]"""
-    parser = add_command(commands, "check", "what a run would do and cost, from one tiny step", CHECK)
-    parser.usage = (
-        "flowalign check [-h] CONFIG [--key value ...] [--processes N] [--out FOLDER] [--allow-code] [--debug]"
-    )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped config")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that the run will have; 1 by default")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the contact sheet; RUN-check by default")
-    parser.add_argument("--allow-code", action="store_true", help="let the config name classes outside flowalign")
-    parser.set_defaults(run=check)
-
-
-def check(arguments: argparse.Namespace, words: list[str]) -> None:
-    """Print the page. Raises: ConfigError where something would stop the run."""
-    if arguments.processes < 1:
-        raise ConfigError(f"--processes must be at least 1, got {arguments.processes}")
-    call = read_call(arguments, words)
-    from flowalign.distributed import check_started
-    from trainers.base import Trainer as Ours
-    from trainers.preflight import inspect, page
-
-    try:
-        check_started()
-    except ValueError as error:
-        raise ConfigError("check is one process: start it without a launcher, and give --processes N") from error
-    if not isinstance(call.target, type) or not issubclass(call.target, Ours):
-        raise ConfigError(f"{call.path} is no trainer of FlowAlign's, which are all that check knows")
-    check_files(call)
-    say("building the trainer")
-    trainer: Ours = construct(call)
-    config = {"trainer": call.path, **arguments_of(call)}
-    out = arguments.out or trainer.folder.with_name(f"{trainer.folder.name}-check")
-    found = inspect(trainer, out, config, arguments.processes, say)
-    print(page(found, config), flush=True)
-    if found.errors:
-        raise ConfigError(f"{found.errors} of the problems above would stop the run")
 
 
 def read_call(arguments: argparse.Namespace, words: list[str]) -> Call:

@@ -7,6 +7,7 @@ which, unlike DDP's buckets, adds in the same order at every start.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
+MEETING = timedelta(minutes=5)
 TIMEOUT = timedelta(minutes=30)  # a rollout of the slowest process may take that long
 
 
@@ -36,7 +39,7 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
         return
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if "SLURM_STEP_NUM_TASKS" in environ and "RANK" not in environ:
-        address = address or environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+        address = address or first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         port = port or str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000)
     if not address or not port:
         raise ValueError(f"{world} processes were started without MASTER_ADDR and MASTER_PORT; use torchrun")
@@ -47,8 +50,21 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def join(place: str, rank: int, world: int, backend: str = "gloo") -> None:
-    """Meet the other processes at `tcp://host:port` or `file:///path`."""
-    dist.init_process_group(backend, init_method=place, rank=rank, world_size=world, timeout=TIMEOUT)
+    """Meet the other processes at `tcp://host:port` or `file:///path`.
+
+    Raises: LostProcess where they do not all come within five minutes.
+    """
+    try:
+        store, _, _ = next(rendezvous(place, rank, world, timeout=MEETING))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise LostProcess(f"the {world} processes did not meet at {place}: {str(error).splitlines()[0]}") from error
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of hosts: n1 of "n1,n7", gpu03 of "gpu[03-05,11],cpu1"."""
+    prefix, _, rest = nodes.partition("[")
+    return prefix.split(",")[0] if "," in prefix or not rest else prefix + re.split(r"[-,\]]", rest)[0]
 
 
 def _places(environ: Mapping[str, str]) -> tuple[int, int, int]:
@@ -56,13 +72,11 @@ def _places(environ: Mapping[str, str]) -> tuple[int, int, int]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    rank, world, local = (int(environ.get(name, default)) for name, default in zip(names, "010", strict=True))
-    return rank, world, local
-
-
-def started_as(environ: Mapping[str, str] = os.environ) -> int:
-    """The rank that the launcher gave this process, whether it has joined the others or not."""
-    return _places(environ)[0]
+    told = [environ.get(name, default) for name, default in zip(names, "010", strict=True)]
+    for name, value in zip(names, told, strict=True):
+        if not value.isdigit():
+            raise ValueError(f"the launcher's variable {name} is no number: {value!r}")
+    return int(told[0]), int(told[1]), int(told[2])
 
 
 def check_started(environ: Mapping[str, str] = os.environ) -> None:

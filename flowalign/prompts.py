@@ -40,9 +40,9 @@ def _read(path: Path) -> Prompts:
         raise ValueError(f"prompts: {path} is not UTF-8 text (byte {error.start})") from error
     if not text:
         raise ValueError(f"prompts: {path} is empty; training needs at least one prompt")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix != ".jsonl":
-        empty = [str(number) for number, line in enumerate(text.splitlines(), 1) if not line.strip()]
+        empty = [str(number) for number, line in enumerate(text.split("\n"), 1) if not line.strip()]
         if empty:
             more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
             raise ValueError(f"prompts: {path} has empty prompts in line {', '.join(empty[:5])}{more}; remove them")
@@ -53,14 +53,22 @@ def _read(path: Path) -> Prompts:
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{number}: not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{path}:{number}: a line must be an object with a text under "prompt"')
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in row["prompt"]):
+        raise ValueError(f"{path}:{number}: the prompt holds half a character (a lone surrogate)")
     if not row["prompt"].strip():
         raise ValueError(f"{path}:{number}: the prompt is empty")
     return row
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def epoch_prompts(total: int, groups: int, epoch: int, seed: int) -> list[int]:

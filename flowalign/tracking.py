@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +65,8 @@ class Run:
     def _open(self, config: Mapping[str, Any] | None, resume: bool) -> None:
         _claim(self.folder, resume)
         self._lock = _lock(self.folder)
+        for path in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:
+            path.unlink()  # what a kill has left half-written
         for name in LOGS:
             self._logs[name] = (self.folder / name).open("a", encoding="utf-8")
         write_atomically(self.folder / "environment.json", json.dumps(environment(), indent=1).encode())
@@ -134,10 +137,11 @@ class Run:
 
     def close(self) -> None:
         """Close the logs, end the trackers and let the folder go; a second call does nothing."""
-        for file in (*self._logs.values(), self._lock):
-            if file is not None:
-                file.close()
-        self._logs, self._lock = {}, None
+        held, self._logs, self._lock = [*self._logs.values(), self._lock], {}, None
+        for file in held:
+            with suppress(OSError):  # what was logged is on the disk or, as on a full one, has been complained about
+                if file is not None:
+                    file.close()
         if self._accelerator is not None:
             self._accelerator.end_training()
             self._accelerator = None
@@ -188,7 +192,7 @@ def check_folder(folder: Path, resume: bool = True) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name another folder for the run")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         if not (folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder} is not empty and holds no run; name another folder, or move this one away")
         if not resume:

@@ -6,13 +6,14 @@ score that could not be had is marked invalid and never replaced by a number.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowalign.records import Media, Prompts, Scores
@@ -98,15 +99,15 @@ class Reward(ABC):
     def __rsub__(self, other: float) -> WeightedSum:
         return _sum(-self, other, 1.0)
 
-    def __mul__(self, factor: float) -> WeightedSum:
-        return WeightedSum((self,), (float(factor),))
+    def __mul__(self, factor: Reward | float) -> Combination:
+        return Product((self, factor)) if isinstance(factor, Reward) else WeightedSum((self,), (float(factor),))
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> WeightedSum:
+    def __truediv__(self, divisor: float) -> Combination:
         return self * (1 / divisor)
 
-    def __neg__(self) -> WeightedSum:
+    def __neg__(self) -> Combination:
         return self * -1.0
 
 
@@ -134,7 +135,46 @@ def simple_scores(name: str, total: Float[Tensor, " b"], parts: dict[str, Tensor
     return Scores(total, {name: total, **(parts or {})}, torch.isfinite(total.detach()))
 
 
-class WeightedSum(Reward):
+class Combination(Reward):
+    """A reward made of others: differentiable where all of them are; it looks at as many samples as the widest."""
+
+    def __init__(self, rewards: Sequence[Reward]) -> None:
+        if not rewards:
+            raise ValueError(f"{type(self).__name__} needs at least one reward")
+        self.rewards = tuple(rewards)
+        self.differentiable = all(reward.differentiable for reward in rewards)
+        self.card = joint_card(rewards)
+
+
+class Elementwise(Combination):
+    """A combination whose `combine` makes one total of its terms'. Their parts are kept, with their own values.
+
+    A score is valid where all terms' are, and the total is finite; where it is not, it is nan and has no gradient.
+    """
+
+    @abstractmethod
+    def combine(self, totals: Float[Tensor, "k b"]) -> Float[Tensor, " b"]:
+        """The total of each sample from those of the terms, all finite: 1 stands in where one is not valid."""
+
+    def score(self, media: Media, prompts: Prompts) -> Scores:
+        terms = [reward.score(media, prompts) for reward in self.rewards]
+        totals, valid = valid_totals(terms)
+        return masked(self.combine(totals), terms, valid)
+
+
+def valid_totals(terms: Sequence[Scores]) -> tuple[Float[Tensor, "k b"], Bool[Tensor, " b"]]:
+    """The totals of several scores, 1 where they are not valid, and where all of them are valid."""
+    known = torch.stack([term.valid & term.total.detach().isfinite() for term in terms])
+    return torch.stack([term.total for term in terms]).where(known, 1.0), known.all(0)
+
+
+def masked(total: Float[Tensor, " b"], terms: Sequence[Scores], valid: Bool[Tensor, " b"]) -> Scores:
+    """A total with its terms' parts, nan and invalid where it is not `valid` or not finite."""
+    valid = valid & total.detach().isfinite()
+    return Scores(total.where(valid, torch.nan), join_parts(terms), valid)
+
+
+class WeightedSum(Elementwise):
     """constant + sum_k weight_k reward_k; its parts are its terms', and invalid where any term is.
 
     Two rewards with a part of one name get a number behind it, in the order given.
@@ -145,33 +185,32 @@ class WeightedSum(Reward):
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], constant: float = 0.0) -> None:
         if not rewards or len(rewards) != len(weights):
             raise ValueError(f"a weighted sum needs as many weights as rewards, got {len(weights)} and {len(rewards)}")
-        self.rewards, self.weights, self.constant = tuple(rewards), tuple(map(float, weights)), float(constant)
-        self.differentiable = all(reward.differentiable for reward in rewards)
-        self.card = joint_card(rewards)
+        super().__init__(rewards)
+        self.weights, self.constant = tuple(map(float, weights)), float(constant)
+        if not all(map(math.isfinite, (*self.weights, self.constant))):
+            raise ValueError(f"weights and constant must be finite, got {self.weights} and {self.constant}")
 
-    def score(self, media: Media, prompts: Prompts) -> Scores:
-        terms = [reward.score(media, prompts) for reward in self.rewards]
-        total = torch.stack([weight * term.total for weight, term in zip(self.weights, terms, strict=True)]).sum(0)
-        valid = torch.stack([term.valid for term in terms]).all(0)
-        return Scores(total + self.constant, join_parts(terms), valid)
+    def combine(self, totals: Float[Tensor, "k b"]) -> Float[Tensor, " b"]:
+        weighted = torch.stack([weight * total for weight, total in zip(self.weights, totals, strict=True)])
+        return weighted.sum(0) + self.constant
 
 
-class Minimum(Reward):
+class Minimum(Elementwise):
     """The least of several rewards, so that none can be bought with another; gradient runs through the least."""
 
     name = "minimum"
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
-        if not rewards:
-            raise ValueError("a minimum needs at least one reward")
-        self.rewards = tuple(rewards)
-        self.differentiable = all(reward.differentiable for reward in rewards)
-        self.card = joint_card(rewards)
+    def combine(self, totals: Float[Tensor, "k b"]) -> Float[Tensor, " b"]:
+        return totals.amin(0)
 
-    def score(self, media: Media, prompts: Prompts) -> Scores:
-        terms = [reward.score(media, prompts) for reward in self.rewards]
-        total = torch.stack([term.total for term in terms]).amin(0)
-        return Scores(total, join_parts(terms), torch.stack([term.valid for term in terms]).all(0))
+
+class Product(Elementwise):
+    """The product of several rewards, meant for rewards >= 0: of two negative ones it is positive."""
+
+    name = "product"
+
+    def combine(self, totals: Float[Tensor, "k b"]) -> Float[Tensor, " b"]:
+        return totals.prod(0)
 
 
 def join_parts(terms: Sequence[Scores]) -> dict[str, Tensor]:
@@ -233,13 +272,21 @@ class FunctionReward(Reward):
         return total.float()
 
 
-def as_reward(reward: Reward | Callable[..., Any]) -> Reward:
-    """The reward itself, or a callable wrapped as one.
+def as_reward(reward: Reward | Callable[..., Any] | str) -> Reward:
+    """The reward itself, a callable wrapped as one, or the reward that an expression such as "clip - 0.1*jpeg" names.
 
-    Raises: ValueError for anything else.
+    Raises: ValueError for anything else, and as `rewards.expression.parse_reward` does.
     """
     if isinstance(reward, Reward):
         return reward
+    what = "reward must be a Reward or a callable (media, prompts) -> scores, or an expression of rewards"
+    if isinstance(reward, str):
+        from rewards.expression import ExpressionError, parse_reward  # which is made of all that is here
+
+        try:
+            return parse_reward(reward)
+        except ExpressionError as error:
+            raise ValueError(f"{what}: {error}") from error
     if isinstance(reward, type) or not callable(reward):
-        raise ValueError(f"reward must be a Reward or a callable (media, prompts) -> scores, got {reward!r}")
+        raise ValueError(f"{what}, got {reward!r}")
     return FunctionReward(reward)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.records import Media, Prompts, Scores
-from rewards.base import Reward, simple_scores
-from rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing, pictures
+from rewards.base import Card, simple_scores
+from rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing
+from rewards.towers import TwoTowers
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -21,7 +22,37 @@ SHAPES = "shapes"
 BICUBIC = 3  # PIL's number for the filter, as in preprocessor_config.json
 
 
-class CLIPScore(Reward):
+class CLIPTowers(TwoTowers):
+    """The cosine by a transformers CLIPModel.
+
+    prepare: from pictures in [0, 1] to the network's input.
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        prepare: Callable[[Tensor], Tensor],
+        device: str | None,
+        batch_size: int,
+    ) -> None:
+        super().__init__(model, device, batch_size)
+        self.tokenizer, self.prepare = tokenizer, prepare
+
+    def picture_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return self.model.get_image_features(pixel_values=self.prepare(pixels)).pooler_output
+
+    def text_features(self, texts: list[str], device: torch.device) -> Float[Tensor, "b d"]:
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt")
+        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+
+    @property
+    def _length(self) -> int:
+        return min(int(self.tokenizer.model_max_length), int(self.model.config.text_config.max_position_embeddings))
+
+
+class CLIPScore(CLIPTowers):
     """cos(image embedding, text embedding) in float32, in [-1, 1]; differentiable to the pixels.
 
     The plain cosine: no factor 2.5 and no clipping at zero, which CLIPScore's authors add, and no logit scale. Each
@@ -41,7 +72,7 @@ class CLIPScore(Reward):
     """
 
     name = "clip_score"
-    differentiable = True
+    card = Card("openai/clip-vit-large-patch14", "MIT", (0.15, 0.4))
 
     def __init__(
         self,
@@ -51,79 +82,96 @@ class CLIPScore(Reward):
         batch_size: int = 32,
         processor: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        loaded, self.tokenizer, config = _load(model, processor or model)
-        self.model = loaded.float().eval().requires_grad_(False)
-        self.prepare = _preprocessing(model, config, int(loaded.config.vision_config.image_size))
-        self.prefix, self.device, self.batch_size = prefix, device, batch_size
-        self._embedded: dict[str, Tensor] = {}
+        loaded, tokenizer, config = load_clip(model, processor or model)
+        prepare = preprocessing(model, config, int(loaded.config.vision_config.image_size))
+        super().__init__(loaded, tokenizer, prepare, device, batch_size)
+        self.prefix = prefix
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
-        pixels = pictures(media, type(self).__name__)
-        device = torch.device(self.device or pixels.device)
-        self.model.to(device)
-        with torch.autocast(device.type, enabled=False):  # a bfloat16 cosine has errors as large as a group's spread
-            texts = self.embed_texts([self.prefix + text for text in prompts.text], device)
-            images = torch.cat([self.embed_pictures(part) for part in pixels.to(device).split(self.batch_size)])
-            total = (images * texts).sum(1)
-        return simple_scores(self.name, total.to(pixels.device))
-
-    def embed_pictures(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit embeddings of pictures on the model's device."""
-        features = self.model.get_image_features(pixel_values=self.prepare(pixels))
-        return F.normalize(features.pooler_output.float(), dim=1)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: list[str], device: torch.device) -> Float[Tensor, "b d"]:
-        """Unit embeddings of texts; `device` is the model's."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._embedded]
-        for start in range(0, len(new), self.batch_size):
-            part = new[start : start + self.batch_size]
-            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=self._length, return_tensors="pt")
-            ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-            features = self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-            self._embedded.update(zip(part, F.normalize(features.float(), dim=1).cpu(), strict=True))
-        return torch.stack([self._embedded[text] for text in texts]).to(device)
-
-    @property
-    def _length(self) -> int:
-        return min(int(self.tokenizer.model_max_length), int(self.model.config.text_config.max_position_embeddings))
+        return simple_scores(self.name, self.cosine(media, [self.prefix + text for text in prompts.text]))
 
 
-def _load(name: str, processor: str) -> tuple[CLIPModel, CLIPTokenizer, dict[str, Any]]:
+def load_clip(name: str, processor: str) -> tuple[CLIPModel, CLIPTokenizer, dict[str, Any]]:
     """The model, its tokenizer and its preprocessor config, {} where there is none."""
-    from transformers import CLIPModel, CLIPTokenizer, PretrainedConfig
+    from flowalign.shapes import clip
 
-    from flowalign.shapes import WEIGHTS, clip
+    folder = local_name(name)
+    beside = folder if processor == name else local_name(processor)
+    if name == SHAPES:
+        try:
+            return *clip(), preprocessor_config(folder)
+        except OSError as error:
+            raise ValueError(unavailable("CLIP", name, error)) from error
+    return load_clip_model(name, "CLIPScore"), load_tokenizer(beside, processor), preprocessor_config(beside)
+
+
+def local_name(name: str) -> str:
+    """A folder or hub id as transformers takes it.
+
+    Raises: ValueError for a path that is no folder.
+    """
+    from flowalign.shapes import WEIGHTS
 
     folder = str(WEIGHTS / "clip") if name == SHAPES else str(Path(name).expanduser())
     if name.startswith((".", "/", "~")) and not Path(folder).is_dir():
-        raise ValueError(f"{name} is not a folder; name a CLIPModel's folder, a hub id, or 'shapes'")
-    beside = folder if processor == name else str(Path(processor).expanduser())
+        raise ValueError(f"{name} is not a folder; name a model's folder, a hub id, or 'shapes'")
+    return folder
+
+
+def load_clip_model(name: str, reader: str) -> CLIPModel:
+    """The CLIPModel of a folder or hub id; `reader` is the reward that asks for it."""
+    from transformers import CLIPModel
+
+    return load_pretrained(CLIPModel, "clip", name, reader)
+
+
+def load_pretrained(kind: Any, model_type: str, name: str, reader: str) -> Any:
+    """A model of a transformers class with all its weights; a folder may hold more weights than it has.
+
+    Raises: ValueError where the model is of another type, or is missing, or some of its weights are.
+    """
+    from transformers import PretrainedConfig
+
+    folder, what = local_name(name), kind.__name__.removesuffix("Model")
     try:
-        kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
-        if kind != "clip":
-            raise ValueError(f"{name} holds a model of type {kind!r}, CLIPScore needs a CLIPModel (type 'clip')")
-        if name == SHAPES:
-            return *clip(), _preprocessor_config(folder)
-        model, report = CLIPModel.from_pretrained(folder, output_loading_info=True)
-        tokenizer = CLIPTokenizer.from_pretrained(beside)
+        found = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+        if found != model_type:
+            raise ValueError(
+                f"{name} holds a model of type {found!r}, {reader} needs a {kind.__name__} (type {model_type!r})"
+            )
+        model, report = kind.from_pretrained(folder, output_loading_info=True)
     except OSError as error:
-        raise ValueError(_unavailable(name, error)) from error
+        raise ValueError(unavailable(what, name, error)) from error
     if report["missing_keys"]:
-        raise ValueError(f"{name} lacks weights of a CLIPModel: {', '.join(sorted(report['missing_keys'])[:3])}")
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ValueError(f"{name} lacks weights of a {kind.__name__}: {missing}")
+    return model
+
+
+def load_tokenizer(folder: str, name: str) -> CLIPTokenizer:
+    """The CLIPTokenizer of a folder or hub id; `name` is what the user calls it.
+
+    Raises: ValueError where there is none.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(unavailable("CLIP", name, error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
-        raise ValueError(f"{processor} has no tokenizer; save the model's CLIPTokenizer into its folder")
-    return model, tokenizer, _preprocessor_config(beside)
+        raise ValueError(f"{name} has no tokenizer; save the model's CLIPTokenizer into its folder")
+    return tokenizer
 
 
-def _unavailable(name: str, error: OSError) -> str:
+def unavailable(kind: str, name: str, error: Exception) -> str:
+    """One line about what can be had neither as a folder nor from the hub."""
     reason = str(error).strip().split("\n")[0]
-    return f"the CLIP model {name!r} can be had neither as a folder nor from the hub: {reason}"
+    return f"the {kind} model {name!r} can be had neither as a folder nor from the hub: {reason}"
 
 
-def _preprocessor_config(folder: str) -> dict[str, Any]:
+def preprocessor_config(folder: str) -> dict[str, Any]:
+    """What preprocessor_config.json of a folder or hub id says, {} where there is none."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -132,7 +180,7 @@ def _preprocessor_config(folder: str) -> dict[str, Any]:
         return {}
 
 
-def _preprocessing(name: str, config: dict[str, Any], image_size: int) -> Preprocessing:
+def preprocessing(name: str, config: dict[str, Any], image_size: int) -> Preprocessing:
     """What the config says, as far as it is CLIP's way: bicubic to the shortest side, centre crop, normalised."""
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     size, crop = _shortest(config.get("size", image_size)), _side(config.get("crop_size", image_size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flowalign.records import Media, Prompts, Scores
-from rewards.base import simple_scores
+from rewards.base import Card, simple_scores
 from rewards.clip import CLIPScore
 
 
@@ -26,6 +26,7 @@ class PickScore(CLIPScore):
     """
 
     name = "pickscore"
+    card = Card("yuvalkirstain/PickScore_v1", "none named (code: MIT)", (17.0, 24.0))
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ from flowalign.models.sd3 import SD3
 from flowalign.records import Media, Prompts
 from flowalign.schedules import AllSteps
 from flowalign.transitions import FlowSDE
+from rewards import RunningNormalise
+from rewards.base import as_reward
 from tests.tiny import tiny_sd3
 from trainers import Checkpoints, Evaluation, FlowGRPO, Optimizer, Sampling
 
@@ -32,12 +34,12 @@ def job(folder: Path, **changes: Any) -> FlowGRPO:
     """Two optimizer steps an epoch, guidance, KL, an average of the weights, evaluation; a second an epoch or less."""
     settings: dict[str, Any] = {
         "model": SD3(tiny_sd3(), max_sequence_length=0),
-        "reward": redness,
+        "reward": RunningNormalise(as_reward(redness)),
         "prompts": PROMPTS,
         "sampling": Sampling(
             AllSteps(FlowSDE(0.7)), groups=2, group_size=4, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
         ),
-        "optimizer": Optimizer(1e-2, ema_decay=0.5, ema_every=1, warmup=3),
+        "optimizer": Optimizer(1e-2, ema_decay=0.5, ema_every=1, warmup=3, max_skipped=1),
         "evaluation": Evaluation(["a green cross", "a star", "a circle"], every=1, pictures=2),
         "checkpoints": Checkpoints(every=1, minutes=0),
         "kl_coef": 0.1,

@@ -139,7 +139,7 @@ def test_a_run_of_other_prompts_in_the_same_file(tmp_path, capsys):
     ]  # fmt: skip
     assert main(["train", *words]) == 0
     (tmp_path / "p.jsonl").write_text("\n".join(rows[:2]))
-    assert "holds a run with another prompts.count, prompts.sha256" in refused(capsys, *words)
+    assert "holds a run with another prompts; name another" in refused(capsys, *words)
 
 
 def alter(file: Path) -> None:

@@ -318,7 +318,8 @@ def test_estimates_follow_from_their_parts():
 
 def test_what_is_in_the_run_folder_is_told(tmp_path):
     def of(folder: Path, epochs: int = 3, rate: float = 0.1) -> list[str]:
-        found = of_folder(folder, epochs, {"rate": rate, "epochs": epochs})
+        trainer = job(folder, epochs=epochs)
+        found = of_folder(trainer, {"rate": rate, "epochs": epochs}, ())
         return [f"{problem.kind}: {problem.text}" for problem in found]
 
     assert of(tmp_path / "new" / "run") == []
@@ -332,14 +333,14 @@ def test_what_is_in_the_run_folder_is_told(tmp_path):
     (run / "metrics.jsonl").write_text("")
     (run / "config.yaml").write_text(json.dumps({"rate": 0.1, "epochs": 9}))
     assert "holds a run of this config: train goes on with it from epoch 0 of 3" in of(run)[0]
-    assert of(run, rate=0.2)[0].startswith(f"error: {run} holds a run with another rate. Name another folder")
+    assert of(run, rate=0.2)[0].startswith(f"error: {run} holds a run with another rate; name another --folder")
     assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "config.yaml"}
 
 
 def test_a_finished_run_is_told(tmp_path):
     trainer = sound(tmp_path / "run", epochs=1)
     trainer.train({"epochs": 1}, report=False)
-    (problem,) = of_folder(tmp_path / "run", 1, {"epochs": 1})
+    (problem,) = of_folder(trainer, {"epochs": 1}, ())
     assert problem.text.endswith("holds a run that has finished its 1 epochs: train would do nothing more")
-    (problem,) = of_folder(tmp_path / "run", 2, {"epochs": 2})
+    (problem,) = of_folder(sound(tmp_path / "run", epochs=2), {"epochs": 2}, ())
     assert "goes on with it from epoch 1 of 2" in problem.text

@@ -232,8 +232,8 @@ def go_on(source: Path, folder: Path, change: Callable[[dict[str, Any]], None]) 
     shutil.copytree(source, folder)
     real = State.from_trees
 
-    def changed(shared: dict[str, Any], own: Any, mine: range, first: bool) -> State:
-        state = real(shared, own, mine, first)
+    def changed(*trees: Any) -> State:
+        state = real(*trees)
         change(state.__dict__)
         return state
 
@@ -276,14 +276,14 @@ def test_the_clock_goes_on(stopped, tmp_path):
 def test_steps_skipped_in_a_row_are_counted_over_a_stop(stopped, tmp_path):
     def outcome(skipped: int, folder: Path) -> str:
         shutil.copytree(stopped, folder)
-        trainer = job(folder, optimizer=Optimizer(1e-2, ema_decay=0.5, ema_every=1, warmup=3, max_skipped=1))
+        trainer = hard(folder)
         real = trainer.loss
         trainer.loss = lambda *arguments: real(*arguments) * torch.nan
         with pytest.MonkeyPatch.context() as patch:
             made = State.from_trees
             patch.setattr(State, "from_trees", lambda *trees: replace(made(*trees), skipped=skipped))
             with pytest.raises(ValueError, match="optimizer steps in a row") as error:
-                trainer.train(resume=True, report=False, allow_change=["evaluation"])
+                trainer.train(resume=True, report=False)
         return str(error.value)
 
     assert "2 optimizer steps" in outcome(0, tmp_path / "0")
@@ -366,3 +366,83 @@ def test_checkpoints_are_due_by_count_and_by_time(tmp_path, monkeypatch):
     job(tmp_path / "b", checkpoints=Checkpoints(every=0, minutes=1e-9), epochs=1).train()
     assert any("-rollout-" in name for name in made)
     assert any(name == "step-00000001" for name in made)
+
+
+def test_what_replaces_a_broken_checkpoint_stays(tmp_path):
+    """Without evaluation; the newest is damaged, and the run that goes on makes it anew under the same name."""
+    folder = tmp_path / "run"
+    settings = {"evaluation": Evaluation(), "epochs": 2}
+    train(folder, **settings)
+    newest = checkpoint.names(folder / "checkpoints")[-1]
+    (folder / "checkpoints" / newest / "state.json").write_text("{}")
+    train(folder, **settings)
+    assert checkpoint.names(folder / "checkpoints")[-1] == newest
+    assert checkpoint.verify(folder / "checkpoints" / newest) is None
+
+
+def test_a_micro_batch_without_a_valid_score_is_left_out(tmp_path):
+    """With the reference's pass, which is otherwise made for every micro-batch."""
+
+    def half(media: Media, prompts: Prompts) -> torch.Tensor:
+        scores = jobs.redness(media, prompts)
+        return scores.where(torch.tensor(prompts.groups) > 0, torch.nan)
+
+    trainer = job(tmp_path / "run", reward=half, on_invalid="drop", epochs=1, evaluation=Evaluation())
+    trainer.train(report=False)
+    (row,) = [row for row in rows(tmp_path / "run") if "reward" in row]
+    assert row["invalid"] == 4
+    assert row["reward_std_in_group"] > 0
+    assert row["kl"] is not None
+
+
+def smaller(folder: Path) -> FlowGRPO:
+    sampling = replace(job(folder).sampling, batch_size=1)
+    return job(folder, sampling=sampling)
+
+
+def test_settings_that_change_amid_the_rollouts_make_them_anew(tmp_path):
+    folder = tmp_path / "run"
+    stop = dying(functools.partial(told, folder), "rollout", 2, 0, signal.SIGTERM)
+    assert "-rollout-" in processes.run(1, tmp_path, stop)[0]
+    with pytest.raises(ValueError, match=r"holds a run with another sampling; .*--allow-change sampling"):
+        smaller(folder).train(resume=True)
+    smaller(folder).train(resume=True, report=False, allow_change=["sampling"])
+    assert [row["step"] for row in rows(folder) if "reward" in row] == [1, 2, 3]
+
+
+def test_settings_cannot_change_between_two_steps_of_an_epoch(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    other = hard(tmp_path / "run")
+    other.sampling = replace(other.sampling, guidance_scale=3.0)
+    with pytest.raises(ValueError, match=r"let that epoch end with the old settings first \(--epochs 2\)"):
+        other.train(resume=True, allow_change=["sampling"])
+    with pytest.raises(ValueError, match="another updates_per_epoch, which no run can change"):
+        job(tmp_path / "run", updates_per_epoch=1).train(resume=True, allow_change=["updates_per_epoch", "held_out"])
+
+
+def test_fewer_epochs_end_the_one_in_hand_first(stopped, tmp_path):
+    """Stopped in the second epoch, then asked for one: the second ends, is judged whole, and nothing is left open."""
+    shutil.copytree(stopped, tmp_path / "run")
+    hard(tmp_path / "run", epochs=1).train(resume=True, report=False)
+    assert [row["step"] for row in rows(tmp_path / "run") if "held-out" in row] == [0, 1, 2]
+    state = state_of(tmp_path / "run")
+    assert (state.epoch, state.part) == (2, 0)
+
+
+def test_a_run_without_its_checkpoints_is_not_written_over(tmp_path):
+    job(tmp_path / "run", epochs=1).train(report=False)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="whose checkpoints/ has gone; move the run's folder away"):
+        job(tmp_path / "run", epochs=1).train(resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_same_trainer_can_go_on_after_a_stop(tmp_path, monkeypatch):
+    trainer = job(tmp_path / "run", epochs=1)
+    monkeypatch.setattr(Update, "_backward", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped):
+        trainer.train()
+    monkeypatch.undo()
+    trainer.train(resume=True, report=False)
+    assert trainer.state.epoch == 1

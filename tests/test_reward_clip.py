@@ -218,6 +218,16 @@ def test_each_text_is_embedded_once(folder: Path) -> None:
     assert not torch.allclose(reward.score(media, prompts("b", "a", "b", "a")).total, first)
 
 
+def test_the_texts_used_last_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.towers.TEXTS_KEPT", 2)
+    reward, media = CLIPScore(str(folder)), Media(tensor(eight_bit(32, 32, count=3)))
+    first = reward.score(media, prompts("a", "b", "c")).total
+    assert [*reward._embedded] == ["b", "c"]
+    reward.score(media, prompts("b", "b", "d"))
+    assert [*reward._embedded] == ["b", "d"]
+    torch.testing.assert_close(reward.score(media, prompts("a", "b", "c")).total, first, rtol=0, atol=1e-5)
+
+
 def test_gradient_reaches_the_pixels_and_climbs(folder: Path) -> None:
     reward = CLIPScore(str(folder))
     pixels = (0.2 + 0.6 * tensor(eight_bit(48, 48, count=3))).requires_grad_()

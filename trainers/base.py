@@ -27,6 +27,7 @@ from flowalign.records import Interval, Prompts, Scores
 from flowalign.rollout import Policy, Replay
 from flowalign.schedules import Path
 from flowalign.tracking import Run, TrackerName
+from rewards.algebra import running_normalisers
 from rewards.base import Reward, as_reward
 from trainers.batch import Batch, Sampling, summary, valid_rows
 from trainers.collection import Collection, Epoch, gather_scores, join_steps_of
@@ -44,7 +45,7 @@ class Trainer(ABC):
     def __init__(
         self,
         model: Model | DiffusionPipeline,
-        reward: Reward | Callable[..., Any],
+        reward: Reward | Callable[..., Any] | str,
         prompts: Prompts | Sequence[str] | str,
         sampling: Sampling,
         policy: Policy,
@@ -66,6 +67,7 @@ class Trainer(ABC):
         self.collection = Collection(self.model, self.reward, self.prompts, sampling, policy, seed)
         self.evaluator = Evaluator(self.model, self.reward, evaluation, sampling, seed)
         self.optimizer = PolicyOptimizer(self.model.trainable(), optimizer, self.model.scale_loss)
+        self.normalisers = running_normalisers(self.reward)
         self.state = State()
         self.stop = StopRequest()
         self._check()
@@ -157,7 +159,7 @@ class Trainer(ABC):
             self.evaluator.encode()
             while True:
                 self._evaluate(run, keeper)
-                if self.state.epoch >= self.epochs:
+                if self.state.epoch >= self.epochs and not self.state.part:
                     break
                 metrics = self._run_epoch(run, keeper)
                 shown = {"reward": metrics["reward"], "held-out": self._last("held-out"), "best": self.state.best}
@@ -183,6 +185,8 @@ class Trainer(ABC):
     def _run_epoch(self, run: Run, keeper: Keeper) -> dict[str, float]:
         batch = self.collect(self.state.epoch, keeper)
         metrics = summary(batch) | self.update(batch, keeper=keeper)
+        for normaliser in self.normalisers.values():
+            normaliser.update(batch.scores)
         epoch = self.collection.epoch(self.state.epoch)
         needed = self.collection.needed(epoch, self.trained_steps(epoch.path), self.needs_reference())
         metrics |= keeper.costs(needed)
@@ -207,7 +211,8 @@ class Trainer(ABC):
     def _evaluation_due(self) -> bool:
         epoch, history = self.state.epoch, self.state.history
         due = epoch % self.evaluation.every == 0 or epoch == self.epochs
-        return self.evaluator.prompts is not None and due and (not history or history[-1]["epoch"] < epoch)
+        new = not self.state.part and (not history or history[-1]["epoch"] < epoch)
+        return self.evaluator.prompts is not None and due and new
 
     def _evaluate(self, run: Run, keeper: Keeper) -> None:
         if not self._evaluation_due():
@@ -222,6 +227,7 @@ class Trainer(ABC):
         self.state.history.append({"epoch": self.state.epoch, **metrics})
         if self.state.best is None or score > self.state.best:
             self.state.best, self.state.best_epoch = score, self.state.epoch
+            self.state.best_checkpoint = keeper.name()
         self.evaluator.retire(run, self.state.epoch, self.state.best_epoch)
         keeper.save()
         keeper.poll()

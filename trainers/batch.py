@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -77,11 +78,14 @@ def valid_rows(scores: Scores) -> Scores:
 def summary(batch: Batch) -> dict[str, float]:
     """What to log of an epoch's scores: means of the valid ones, spread within groups, groups with nothing to learn."""
     known = valid_rows(batch.scores)
-    groups = batch.scores.total.view(len(batch.group_ids.unique()), -1)
+    size = len(batch.group_ids.unique())
+    rows = zip(batch.scores.total.view(size, -1), batch.scores.valid.view(size, -1), strict=True)
+    groups = [total[valid] for total, valid in rows if valid.any()]
+    several = [group for group in groups if len(group) > 1]
     return {
         "reward": known.total.mean().item(),
-        "reward_std_in_group": groups.std(1).mean().item(),
-        "equal_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
+        "reward_std_in_group": torch.stack([group.std() for group in several]).mean().item() if several else math.nan,
+        "equal_groups": sum(bool((group == group[0]).all()) for group in groups) / max(len(groups), 1),
         "invalid": float((~batch.scores.valid).sum()),
         **{f"reward/{name}": value.nanmean().item() for name, value in known.parts.items()},
     }

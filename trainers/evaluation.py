@@ -109,7 +109,10 @@ class Evaluator:
         if name not in known.parts:
             raise ValueError(f"evaluation.metric {name!r} is no part of the reward; it has {sorted(known.parts)}")
         column = known.parts[name]
-        return column[~column.isnan()]  # prompts that it does not apply to
+        column = column[~column.isnan()]  # of the prompts that it applies to
+        if not len(column):
+            raise ValueError(f"evaluation.metric {name!r} applies to none of the held-out prompts")
+        return column
 
     def sample(self, asked: Asked = never) -> tuple[UInt8[Tensor, "b 3 h w"], Scores] | None:
         """Pictures of all held-out prompts from their fixed noise, and their scores, on every process.

@@ -40,7 +40,7 @@ class FlowGRPO(Trainer):
 
     Args:
         model: a diffusers pipeline, or an adapter of one with settings of its own (`flowalign.models`).
-        reward: any reward, or any callable (media, prompts) -> b scores.
+        reward: any reward, any callable (media, prompts) -> b scores, or a formula such as "pickscore/26 + ocr".
         prompts: texts, a file of them, or prompts with metadata.
         sampling: rollouts; see `Sampling`.
         optimizer: see `Optimizer`.
@@ -64,7 +64,7 @@ class FlowGRPO(Trainer):
     def __init__(
         self,
         model: Model | DiffusionPipeline,
-        reward: Reward | Callable[..., Any],
+        reward: Reward | Callable[..., Any] | str,
         prompts: Prompts | Sequence[str] | str,
         sampling: Sampling = Sampling(AllSteps(FlowSDE(0.7))),
         optimizer: Optimizer = Optimizer(),

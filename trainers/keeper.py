@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,13 @@ from flowalign.distributed import gather_text, largest, on_main, rank, sum_over_
 from flowalign.interrupt import Stopped
 from flowalign.progress import Progress
 from flowalign.tracking import Run, write_atomically
+from trainers.facts import changed, facts, refusal
 from trainers.state import State
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
 
 MARKER = "PREEMPTED"  # in the run folder, for a job script: the run was told to stop and can go on
-FREE = ("folder", "epochs", "log_with", "checkpoints", "evaluation.pictures")  # may change when a run goes on
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Keeper:
         self.folder = run.folder / "checkpoints"
         self.progress = Progress(trainer.epochs)
         self._broken: set[str] = set()
+        self._place: tuple[int, int] | None = None  # of the last save
         self._saved = time.monotonic()
 
     def poll(self, what: str = "", done: int = 0, total: int = 0) -> None:
@@ -93,19 +93,21 @@ class Keeper:
         state = self.trainer.state
         done = state.epoch * self.trainer.updates_per_epoch + state.part
         between = state.part > 0 or not state.buffer
-        return self.settings.every > 0 and between and done > 0 and done % self.settings.every == 0
+        due = self.settings.every > 0 and between and done > 0 and done % self.settings.every == 0
+        return due and self._place != (state.epoch, state.part)
 
     def save(self) -> Path:
         """Write a checkpoint of the present record; returns its path."""
         trainer, state = self.trainer, self.trainer.state
         with trainer.model.meter.phase("checkpoint"):
             trainer.optimizer.capture(state)
+            state.normalisers = {name: one.state_dict() for name, one in trainer.normalisers.items()}
             state.logs, state.clock = self.run.written(), self.run.seconds
             shared, own = state.trees()
-            path = checkpoint.save(
-                self.folder, self._name(), shared | {"facts": self._facts()}, own, self._save_policy, self._kept
-            )
-        self._saved = time.monotonic()
+            held, name = facts(trainer, self.config), self.name()
+            self._broken.discard(name)
+            path = checkpoint.save(self.folder, name, shared | {"facts": held}, own, self._save_policy, self._kept)
+        self._saved, self._place = time.monotonic(), (state.epoch, state.part)
         on_main(self._publish)
         return path
 
@@ -113,32 +115,25 @@ class Keeper:
         with self.trainer.optimizer.averaged():
             self.trainer.model.save(folder / "lora")
 
-    def _name(self) -> str:
-        """One name for each place in a run, in the order of the run."""
+    def name(self) -> str:
+        """Of a checkpoint of the present record: one for each place in a run, in the order of the run."""
         state = self.trainer.state
         held = torch.tensor([len(state.buffer)])
         sum_over_ranks([held])
-        name = self._step(state.epoch, state.part)
+        name = f"step-{state.epoch * self.trainer.updates_per_epoch + state.part:08d}"
         if int(held) and not state.part:
             return f"{name}-rollout-{int(held):06d}"
         evaluated = not state.part and state.history and state.history[-1]["epoch"] == state.epoch
         return f"{name}-evaluated" if evaluated else name
 
-    def _step(self, epoch: int, part: int) -> str:
-        return f"step-{epoch * self.trainer.updates_per_epoch + part:08d}"
-
-    def _best(self) -> str | None:
-        best = self.trainer.state.best_epoch
-        return None if self.trainer.state.best is None else f"{self._step(best, 0)}-evaluated"
-
     def _kept(self) -> set[str]:
         good = [name for name in checkpoint.names(self.folder) if name not in self._broken]
-        return {*good[-self.settings.keep :], *([best] if (best := self._best()) else [])}
+        return {*good[-self.settings.keep :], self.trainer.state.best_checkpoint}
 
     def _publish(self) -> None:
         """Leave the best policy, or the newest where none is evaluated, in `lora/`."""
         there = checkpoint.names(self.folder)
-        name = self._best() or (there[-1] if there else None)
+        name = self.trainer.state.best_checkpoint or (there[-1] if there else None)
         if name not in there:
             return
         (self.run.folder / "lora").mkdir(exist_ok=True)
@@ -147,17 +142,6 @@ class Keeper:
         if self.trainer.state.best is not None:
             told = {"epoch": self.trainer.state.best_epoch, "held-out": self.trainer.state.best}
             write_atomically(self.run.folder / "best.json", json.dumps(told).encode())
-
-    def _facts(self) -> dict[str, Any]:
-        """What must be the same when a run goes on."""
-        trainer = self.trainer
-        told = json.dumps([trainer.prompts.text, trainer.prompts.metadata], default=repr)
-        facts: dict[str, Any] = {
-            "prompts": {"count": len(trainer.prompts), "sha256": sha256(told.encode()).hexdigest()},
-            "seed": trainer.seed,
-            "updates_per_epoch": trainer.updates_per_epoch,
-        }
-        return facts | ({"config": dict(self.config)} if self.config is not None else {})
 
     def resume(self, allow_change: Sequence[str]) -> None:
         """Put the trainer where the newest checkpoint that verifies was; without any checkpoint, at the start.
@@ -171,12 +155,9 @@ class Keeper:
             path, problems = checkpoint.newest(self.folder)
             for problem in problems:
                 self._tell("skip", f"skipped {problem}")
-            if path is None and problems:
-                raise ValueError(
-                    f"no checkpoint in {self.folder} can be read ({'; '.join(problems)}); "
-                    "move the run's folder away to start anew"
-                )
-            self._broken = {Path(problem.split(": ")[0]).name for problem in problems}
+            if path is None:
+                self._check_nothing_is_lost(problems)
+            self._broken = {name for name in checkpoint.names(self.folder) if path is not None and name > path.name}
             found.extend([path] if path is not None else [])
 
         on_main(look)
@@ -192,6 +173,16 @@ class Keeper:
             (self.run.folder / MARKER).unlink(missing_ok=True)
         self.progress = Progress(self.trainer.epochs, done=min(self.trainer.state.epoch, self.trainer.epochs))
 
+    def _check_nothing_is_lost(self, problems: Sequence[str]) -> None:
+        """A run that had a checkpoint, and has none that can be read, is not started anew over what it wrote."""
+        anew = "move the run's folder away to start anew"
+        if problems:
+            raise ValueError(f"no checkpoint in {self.folder} can be read ({'; '.join(problems)}); {anew}")
+        if (self.run.folder / "lora").exists():
+            raise ValueError(f"{self.run.folder} holds a run whose {self.folder.name}/ has gone; {anew}")
+        if (self.run.folder / "metrics.jsonl").stat().st_size:
+            self._tell("resume", f"{self.run.folder} was stopped before its first checkpoint: it starts anew")
+
     def _known_config(self) -> Mapping[str, Any]:
         """The config of a run that was stopped before its first checkpoint."""
         path = self.run.folder / "config.yaml"
@@ -200,34 +191,36 @@ class Keeper:
     def _restore(self, path: Path, allow_change: Sequence[str]) -> None:
         trainer = self.trainer
         shared, own = checkpoint.load(path)
-        self._check_config(shared.pop("facts"), allow_change)
+        names = self._check_config(shared.pop("facts"), allow_change)
         epoch = trainer.collection.epoch(shared["epoch"])
-        state = State.from_trees(shared, own, trainer.collection.mine(epoch), rank() == 0)
+        state = State.from_trees(shared, own, trainer.collection.mine(epoch), rank() == 0, trainer.model.device)
+        if names and state.part:
+            raise ValueError(
+                f"{self.run.folder} was stopped between two optimizer steps of an epoch, whose rollouts were made with "
+                f"the old {names[0]}: let that epoch end with the old settings first (--epochs {state.epoch + 1})"
+            )
+        if names:  # rollouts that were made with other settings
+            state.buffer, state.rows, state.seconds = {}, Rows(), {}
         trainer.state = state
         trainer.optimizer.restore(state)
+        for name, normaliser in trainer.normalisers.items():
+            if name in state.normalisers:  # else it has come with a changed reward, and starts here
+                normaliser.load_state_dict(state.normalisers[name])
         self.run.rewind(state.logs, state.clock)
-        self._saved = time.monotonic()
+        self._saved, self._place = time.monotonic(), (state.epoch, state.part)
         on_main(self._publish)
-        if state.epoch >= trainer.epochs:
+        if state.epoch >= trainer.epochs and not state.part:
             self._tell("resume", f"{self.run.folder} has finished its {trainer.epochs} epochs; more --epochs go on")
         else:
             self._tell("resume", f"going on from {path}, epoch {state.epoch} of {trainer.epochs}")
 
-    def _check_config(self, known: Mapping[str, Any], allow_change: Sequence[str]) -> None:
-        facts = json.loads(json.dumps(self._facts()))
-        known = dict(known)
-        if not ("config" in known and "config" in facts):
-            known.pop("config", None)
-            facts.pop("config", None)
-        changed = checkpoint.told_apart(known, {name: facts.get(name) for name in known})
-        names = [name.removeprefix("config.") for name in changed]
-        free = (*FREE, *allow_change)
-        names = [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in free)]
-        if names:
-            raise ValueError(
-                f"{self.run.folder} holds a run with another {', '.join(names)}; name another --folder, "
-                f"or go on all the same with --allow-change {names[0]}"
-            )
+    def _check_config(self, known: Mapping[str, Any], allow_change: Sequence[str]) -> list[str]:
+        """The keys that have changed, all of them allowed to."""
+        names = changed(known, facts(self.trainer, self.config))
+        problem = refusal(self.run.folder, names, allow_change)
+        if problem is not None:
+            raise ValueError(problem)
+        return names
 
     def _tell(self, event: str, message: str) -> None:
         self.run.note(event, message)
@@ -236,7 +229,9 @@ class Keeper:
 
     def finish(self) -> None:
         """The run's last checkpoint."""
-        if not self.folder.is_dir() or self._name() not in checkpoint.names(self.folder):
+        name = self.name()
+        missing = rank() == 0 and name not in checkpoint.names(self.folder)
+        if largest([missing])[0]:  # of the first process's view of the disk
             self.save()
         self.run.note("finish", f"{self.trainer.state.epoch} epochs")
 

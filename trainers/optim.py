@@ -132,7 +132,10 @@ class PolicyOptimizer:
             if name not in state.policy or state.policy[name].shape != value.shape:
                 raise ValueError(f"the checkpoint's policy has no {name} of shape {list(value.shape)}")
         self._set(state.policy)
-        self.average = {name: value.to(self._device) for name, value in state.average.items()}
+        if self.average and state.average:  # an average that has been turned on starts here
+            self.average = {name: value.to(self._device) for name, value in state.average.items()}
+        elif self.average:
+            self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.steps = state.steps
         self.scaler.load_state_dict(state.scaler)
         numbers = {name: i for i, name in enumerate(self.parameters)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowalign.accounting import Meter, Rows
@@ -26,9 +27,11 @@ class State:
 
     epoch: epochs finished. part: optimizer steps of the present epoch that are done.
     seen: the numbers of each of those. buffer: the present epoch's micro-batches that this process has collected.
-    skipped: optimizer steps left out in a row. best, best_epoch: of the held-out metric. history: all evaluations.
+    skipped: optimizer steps left out in a row. best, best_epoch, best_checkpoint: of the held-out metric, and where it
+    is kept. history: all evaluations.
     rows, seconds: the present epoch's costs so far, on this process.
     clock: seconds since the run's start. logs: sizes of its logs in bytes.
+    normalisers: statistics of the reward's running normalisers, by name.
     policy, average, moments, steps, scaler: the optimizer's, see `trainers.optim.PolicyOptimizer`.
     """
 
@@ -37,6 +40,7 @@ class State:
     skipped: int = 0
     best: float | None = None
     best_epoch: int = 0
+    best_checkpoint: str = ""
     clock: float = 0.0
     steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -44,6 +48,7 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    normalisers: dict[str, dict[str, float]] = field(default_factory=dict)
     policy: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,7 +69,14 @@ class State:
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
     @classmethod
-    def from_trees(cls, shared: Mapping[str, Any], own: Sequence[Mapping[str, Any]], mine: range, first: bool) -> State:
+    def from_trees(
+        cls,
+        shared: Mapping[str, Any],
+        own: Sequence[Mapping[str, Any]],
+        mine: range,
+        first: bool,
+        device: torch.device | str = "cpu",
+    ) -> State:
         """The record again, for any number of processes.
 
         Args:
@@ -74,13 +86,11 @@ class State:
         """
         buffers = {int(index): tree for one in own for index, tree in one["buffer"].items()}
         spent = sum((Rows(**one["rows"]) for one in own), Rows()) if first else Rows()
-        kept = {index: _collected(buffers[index]) for index in mine if index in buffers}
+        kept = {index: _collected(buffers[index], device) for index in mine if index in buffers}
         return cls(**shared, rows=spent, buffer=kept)
 
 
-def _collected(tree: Mapping[str, Any]) -> Collected:
-    steps = tuple(
-        Step(Interval(**one["interval"]), one["latents"], one["latents_next"], one["log_probs"])
-        for one in tree["steps"]
-    )
-    return Collected(steps, Scores(**tree["scores"]))
+def _collected(tree: Mapping[str, Any], device: torch.device | str) -> Collected:
+    names = ("latents", "latents_next", "log_probs")
+    steps = [Step(Interval(**one["interval"]), *(one[name].to(device) for name in names)) for one in tree["steps"]]
+    return Collected(tuple(steps), Scores(**tree["scores"]))

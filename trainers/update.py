@@ -121,6 +121,8 @@ class Update:
         samples = expand_rows(padded, batch.members)
         weights = batch.weights[samples].clone()
         weights[len(micro) * batch.members :] = 0
+        if not weights.any():
+            return  # none of these samples has a valid score
         condition = trainer.model.encode([batch.texts[row] for row in padded.tolist()])
         places = padded - batch.rows[0]  # a process's rows follow one another
         for at, step in enumerate(batch.steps):

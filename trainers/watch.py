@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
+from flowalign.checkpoint import write_tensors
 from flowalign.distributed import largest
 from flowalign.tracking import json_lines, write_atomically
 from trainers.batch import Batch
@@ -128,4 +128,4 @@ def save_bad(folder: Path, name: str, watch: Watch, batch: Batch, most: int = 16
         taken = step.rows((rows - batch.rows[0]).to(step.latents.device))
         held[f"{step.interval.index}/latents"] = taken.latents.cpu().contiguous()
         held[f"{step.interval.index}/latents_next"] = taken.latents_next.cpu().contiguous()
-    save_file(held, folder / f"{name}.safetensors")
+    write_tensors(folder / f"{name}.safetensors", held)

@@ -168,7 +168,7 @@ def _parsed(path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
             if not isinstance(data, dict):
                 raise TypeError(f"expected a JSON object, got {type(data).__name__}")
             found.append(parse(data))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == len(lines):  # no newline after it: the run was killed while it wrote
                 break
             raise ValueError(f"{path}:{number}: this line is broken ({type(error).__name__}: {error})") from error

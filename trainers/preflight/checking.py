@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,7 @@ def inspect(
     config: Mapping[str, Any] | None = None,
     processes: int = 1,
     say: Say = lambda text: None,
+    allow_change: Sequence[str] = (),
 ) -> Preflight:
     """Check a trainer; it and its run folder are left as they are.
 
@@ -71,6 +72,7 @@ def inspect(
         config: the resolved config, to be compared with that of a run in the trainer's folder.
         processes: how many the run will have; the check itself is one.
         say: is told what is going on.
+        allow_change: keys in which the trainer may differ from a run in its folder.
 
     Raises: ValueError where `out` lies in the run folder.
     """
@@ -78,7 +80,7 @@ def inspect(
         raise ValueError(f"{out} lies in the run folder {trainer.folder}, where a check writes nothing; name another")
     cut, epochs = geometry(trainer, processes), looked_at(trainer)
     rows = tuple((spent_rows(trainer, epoch, cut), floor_rows(trainer, epoch)) for epoch in epochs)
-    problems = of_folder(trainer.folder, trainer.epochs, config)
+    problems = of_folder(trainer, config, allow_change)
     try:
         steps = planned_steps(trainer, epochs)
     except ValueError as problem:

@@ -3,51 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flowalign import checkpoint
 from flowalign.config import load_yaml
 from flowalign.tracking import check_folder
-from trainers.keeper import FREE
+from trainers.facts import changed, facts, refusal
 from trainers.preflight.problems import Problem, error, warning
 
+if TYPE_CHECKING:
+    from trainers.base import Trainer
 
-def of_folder(folder: Path, epochs: int, config: Mapping[str, Any] | None) -> list[Problem]:
+
+def of_folder(trainer: Trainer, config: Mapping[str, Any] | None, allow_change: Sequence[str]) -> list[Problem]:
     """What is in the way of the run's folder, or there already."""
+    folder = trainer.folder
     try:
         check_folder(folder)
+        if not (folder / "metrics.jsonl").exists():
+            return []
+        path, broken = checkpoint.newest(folder / "checkpoints")
     except (ValueError, OSError) as problem:
         return [error(str(problem))]
-    if not (folder / "metrics.jsonl").exists():
-        return []
-    return [_run_there(folder, epochs, config)]
-
-
-def _run_there(folder: Path, epochs: int, config: Mapping[str, Any] | None) -> Problem:
-    path, _ = checkpoint.newest(folder / "checkpoints")
+    if path is None and broken:
+        return [error(f"none of the checkpoints in {folder} can be read ({'; '.join(broken)}); move the folder away")]
+    skipped = [warning(f"skipped {one}") for one in broken]
     record = json.loads((path / "state.json").read_bytes()) if path is not None else {}
-    known = record.get("facts", {}).get("config")
-    if known is None and (folder / "config.yaml").is_file():
-        known = load_yaml(folder / "config.yaml")
-    changed = _changed(known, config)
-    if changed:
-        return error(
-            f"{folder} holds a run with another {', '.join(changed)}. Name another folder, or go on all the same "
-            f"with --allow-change {changed[0]}"
+    known = record.get("facts", {})
+    if path is None and (folder / "config.yaml").is_file():
+        known = {"config": load_yaml(folder / "config.yaml")}
+    refused = refusal(folder, changed(known, facts(trainer, config)), allow_change)
+    if refused is not None:
+        return [*skipped, error(refused)]
+    return [*skipped, _going_on(trainer, record.get("epoch", 0))]
+
+
+def _going_on(trainer: Trainer, done: int) -> Problem:
+    if done >= trainer.epochs:
+        return warning(
+            f"{trainer.folder} holds a run that has finished its {trainer.epochs} epochs: train would do nothing more"
         )
-    done = record.get("epoch", 0)
-    if done >= epochs:
-        return warning(f"{folder} holds a run that has finished its {epochs} epochs: train would do nothing more")
     return warning(
-        f"{folder} holds a run of this config: train goes on with it from epoch {done} of {epochs}. "
+        f"{trainer.folder} holds a run of this config: train goes on with it from epoch {done} of {trainer.epochs}. "
         "Name another folder to start anew"
     )
-
-
-def _changed(known: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> list[str]:
-    if known is None or config is None:
-        return []
-    names = checkpoint.told_apart(known, json.loads(json.dumps(config)))
-    return [name for name in names if not any(name == one or name.startswith(f"{one}.") for one in FREE)]

@@ -1,0 +1,196 @@
+"""`flowalign score`: files of pictures and videos through a reward, as a table, JSON lines and a contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from flowalign.pictures import grid
+from flowalign.progress import Progress
+from flowalign.records import Media, Prompts, Scores
+from flowalign.tracking import json_lines, write_atomically
+from rewards.base import Reward, join_scores
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
+MOST_PIXELS = 64_000_000  # of one picture: more is a decompression bomb, or a mistake
+SHEET = 64  # pictures on the contact sheet: the best and the worst
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file and what it should show."""
+
+    path: Path
+    prompt: str
+    metadata: dict[str, Any]
+
+
+def find(paths: Sequence[Path]) -> list[Path]:
+    """The media files among and in these, folders with all that is below them, in the order of names.
+
+    Raises: ValueError for a path that is not there, or holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; --media takes pictures, videos and folders of them")
+        inside = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+        known = [one for one in inside if one.suffix.lower() in PICTURES + VIDEOS]
+        if not known:
+            raise ValueError(f"{path} holds no picture or video ({', '.join(PICTURES + VIDEOS)})")
+        found += known
+    return list(dict.fromkeys(found))
+
+
+def pair(files: Sequence[Path], prompts: Prompts | None) -> list[Item]:
+    """Each file with its prompt.
+
+    One prompt is for all files. Prompts with a "file" in their metadata go to the file of that name; else they go to
+    the files in their order. Without prompts, a file's prompt is what stands in the .txt beside it.
+
+    Raises: ValueError for a file without a prompt, or another number of prompts than files.
+    """
+    if prompts is None:
+        return [Item(path, _beside(path), {}) for path in files]
+    rows = list(zip(prompts.text, prompts.metadata, strict=True))
+    if len(rows) == 1:
+        rows *= len(files)
+    elif all("file" in metadata for _, metadata in rows):
+        named = {str(metadata["file"]): (text, metadata) for text, metadata in rows}
+        missing = [path for path in files if path.name not in named]
+        if missing:
+            raise ValueError(f'{missing[0]} has no line in the prompts: none has the "file" {missing[0].name!r}')
+        rows = [named[path.name] for path in files]
+    if len(rows) != len(files):
+        raise ValueError(
+            f"{len(files)} files but {len(rows)} prompts: give one for all, one for each in the order of names, or "
+            'JSON lines with "file" and "prompt"'
+        )
+    return [Item(path, text, metadata) for path, (text, metadata) in zip(files, rows, strict=True)]
+
+
+def _beside(path: Path) -> str:
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        raise ValueError(f"{path} has no prompt: give --prompt, --prompts, or a file {text.name} beside it")
+    return text.read_text("utf-8-sig").strip()
+
+
+def load(path: Path) -> tuple[Float[Tensor, "*frames 3 h w"], float | None]:
+    """A picture, or a video's frames and its frames per second, in [0, 1].
+
+    Raises: ValueError for a file that cannot be read, or is too large.
+    """
+    if path.suffix.lower() in VIDEOS:
+        return _video(path)
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{path} has {image.width} x {image.height} pixels; the most are {MOST_PIXELS:,}")
+            pixels = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255, None
+
+
+def _video(path: Path) -> tuple[Float[Tensor, "f 3 h w"], float | None]:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"{path}: videos need PyAV: pip install av") from error
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = stream.average_rate
+            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+    except (av.error.FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+    if not frames or rate is None:
+        raise ValueError(f"{path} has no frames, or does not say how many a second")
+    return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, float(rate)
+
+
+def score_files(reward: Reward, items: Sequence[Item], batch_size: int) -> tuple[Scores, list[Tensor]]:
+    """The scores of all files, in order, and a small picture of each. Media of one size are scored together."""
+    progress = Progress(len(items))
+    parts, small = [], []
+    for batch, media in _batches(items, batch_size):
+        told = Prompts(tuple(item.prompt for item in batch), tuple(item.metadata for item in batch))
+        scores = reward(media, told)
+        parts.append(Scores(scores.total.cpu(), {k: v.cpu() for k, v in scores.parts.items()}, scores.valid.cpu()))
+        small += [_small(pixels) for pixels in media.pixels]
+        for _ in batch:
+            progress.update(1, {})
+    progress.close()
+    return join_scores(parts), small
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], Media]]:
+    held: list[tuple[Item, Tensor]] = []
+    rate: float | None = None
+    for item in items:
+        pixels, fps = load(item.path)
+        if held and (len(held) == size or held[0][1].shape != pixels.shape or rate != fps):
+            yield [one for one, _ in held], Media(torch.stack([value for _, value in held]), rate)
+            held = []
+        held.append((item, pixels))
+        rate = fps
+    if held:
+        yield [one for one, _ in held], Media(torch.stack([value for _, value in held]), rate)
+
+
+def _small(pixels: Float[Tensor, "*frames 3 h w"]) -> Float[Tensor, "3 128 128"]:
+    """For the sheet: a video's middle frame, whole, in a square of 128 pixels."""
+    picture = pixels[len(pixels) // 2] if pixels.ndim == 4 else pixels
+    height, width = picture.shape[1:]
+    scale = 128 / max(height, width)
+    size = (max(round(height * scale), 1), max(round(width * scale), 1))
+    mode = "nearest" if scale > 1 else "area"
+    fitted = torch.nn.functional.interpolate(picture[None], size=size, mode=mode)[0]
+    square = torch.ones(3, 128, 128)
+    top, left = (128 - size[0]) // 2, (128 - size[1]) // 2
+    square[:, top : top + size[0], left : left + size[1]] = fitted
+    return square
+
+
+def write(items: Sequence[Item], scores: Scores, small: Sequence[Tensor], out: Path, name: str) -> str:
+    """Leave `scores.jsonl` and `sheet.png` in a folder; returns the table, best first."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [_row(item, scores, i) for i, item in enumerate(items)]
+    write_atomically(out / "scores.jsonl", json_lines(rows))
+    order = sorted(range(len(items)), key=lambda i: (not scores.valid[i], -float(scores.total[i].nan_to_num())))
+    shown = order if len(order) <= SHEET else order[: SHEET // 2] + order[-SHEET // 2 :]
+    captions = [f"{_number(scores, i)}\n{items[i].path.name}\n{items[i].prompt}" for i in shown]
+    write_atomically(out / "sheet.png", grid(torch.stack([small[i] for i in shown]), captions))
+    return table(items, scores, order, name)
+
+
+def _row(item: Item, scores: Scores, index: int) -> dict[str, Any]:
+    valid = bool(scores.valid[index])
+    values = {"total": scores.total, **scores.parts}
+    known = {name: float(value[index]) for name, value in values.items()}
+    shown = {name: value if valid and np.isfinite(value) else None for name, value in known.items()}
+    return {"file": str(item.path), "prompt": item.prompt, "valid": valid, **shown}
+
+
+def _number(scores: Scores, index: int) -> str:
+    return f"{float(scores.total[index]):.4g}" if scores.valid[index] else "no score"
+
+
+def table(items: Sequence[Item], scores: Scores, order: Sequence[int], name: str) -> str:
+    """Score, file and prompt in columns, then the mean and how many have none."""
+    lines = [f"{_number(scores, i):>10}  {items[i].path}  {items[i].prompt}" for i in order]
+    known = scores.total[scores.valid]
+    mean = f"{float(known.mean()):.4g}" if len(known) else "none"
+    without = int((~scores.valid).sum())
+    told = f"; {without} have no score" if without else ""
+    return "\n".join([f"{name:>10}  file  prompt", *lines, f"{mean:>10}  mean of {len(known)}{told}"])

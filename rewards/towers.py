@@ -1,0 +1,152 @@
+"""What rewards on embeddings share: unit embeddings in float32, texts embedded once and kept, files of weights."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flowalign.records import Media, Prompts, Scores
+from rewards.base import Reward, simple_scores
+from rewards.pixels import pictures
+
+TEXTS_KEPT = 10_000  # of 1024 numbers each: 40 MB
+
+
+class PictureTower(Reward):
+    """A reward on unit embeddings of pictures; differentiable to the pixels.
+
+    Args:
+        model: frozen, and computed in float32.
+        device: where the model stays; by default it follows the pictures.
+        batch_size: pictures that pass through the model at once.
+
+    Raises: ValueError for a batch_size below one.
+    """
+
+    differentiable = True
+    model: Any
+
+    def __init__(self, model: nn.Module, device: str | None = None, batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model = model.float().eval().requires_grad_(False)
+        self.device, self.batch_size = device, batch_size
+
+    @abstractmethod
+    def picture_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Embeddings, of any length, of pictures in [0, 1] on the model's device."""
+
+    def embed_media(self, media: Media) -> Float[Tensor, "b d"]:
+        """Unit embeddings of the pictures, on the device that the model is on after this.
+
+        Raises: ValueError for videos.
+        """
+        pixels = pictures(media, type(self).__name__)
+        device = torch.device(self.device or pixels.device)
+        self.model.to(device)
+        with torch.autocast(device.type, enabled=False):  # a bfloat16 cosine has errors as large as a group's spread
+            return torch.cat([self.embed_pictures(part) for part in pixels.to(device).split(self.batch_size)])
+
+    def embed_pictures(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit embeddings of pictures on the model's device."""
+        return F.normalize(self.picture_features(pixels).float(), dim=1)
+
+
+class TwoTowers(PictureTower):
+    """The cosine of a picture's and its prompt's embeddings; each distinct text is embedded once and kept."""
+
+    def __init__(self, model: nn.Module, device: str | None = None, batch_size: int = 32) -> None:
+        super().__init__(model, device, batch_size)
+        self._embedded: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def text_features(self, texts: list[str], device: torch.device) -> Float[Tensor, "b d"]:
+        """Embeddings, of any length, of texts; `device` is the model's."""
+
+    def score(self, media: Media, prompts: Prompts) -> Scores:
+        return simple_scores(self.name, self.cosine(media, prompts.text))
+
+    def cosine(self, media: Media, texts: Sequence[str]) -> Float[Tensor, " b"]:
+        """The cosine of each picture with its text, in float32 on the pictures' device."""
+        images = self.embed_media(media)
+        with torch.autocast(images.device.type, enabled=False):
+            return (images * self.embed_texts(list(texts), images.device)).sum(1).to(media.pixels.device)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str], device: torch.device) -> Float[Tensor, "b d"]:
+        """Unit embeddings of texts; `device` is the model's. The least recently used are forgotten."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._embedded]
+        for start in range(0, len(new), self.batch_size):
+            part = new[start : start + self.batch_size]
+            features = self.text_features(part, device).float()
+            self._embedded.update(zip(part, F.normalize(features, dim=1).cpu(), strict=True))
+        for text in texts:
+            self._embedded[text] = self._embedded.pop(text)
+        found = torch.stack([self._embedded[text] for text in texts]).to(device)
+        for text in [*self._embedded][: max(len(self._embedded) - TEXTS_KEPT, 0)]:
+            del self._embedded[text]
+        return found
+
+
+def weights_file(model: str, file: str) -> Path:
+    """`model` itself where it is a file, or else the file of that name in the folder or hub repository `model`.
+
+    Raises: ValueError where there is none.
+    """
+    from huggingface_hub import hf_hub_download
+
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir() or model.startswith((".", "/", "~")):
+        if (path / file).is_file():
+            return path / file
+        raise ValueError(f"there is neither a file {model} nor {path / file}: name the weights, or a folder of {file}")
+    try:
+        return Path(hf_hub_download(model, file))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"the weights {file} of {model!r} cannot be had from the hub; pass the path of the file: {reason}"
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of a safetensors file or a torch pickle, read without running what is pickled in it.
+
+    Raises: ValueError for a file that is neither, or holds something else.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the readers' own kinds, which have nothing in common
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+    state = held.get("state_dict", held) if isinstance(held, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no tensors by name, neither at its top nor under 'state_dict'")
+    return dict(state)
+
+
+def check_names(source: object, found: Iterable[str], wanted: Iterable[str]) -> None:
+    """That a file's weights are those that a model has.
+
+    Raises: ValueError with the first names that are missing, and that are too many.
+    """
+    missing, extra = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+    told = [f"lacks {len(missing)} ({', '.join(missing[:3])})"] if missing else []
+    told += [f"has {len(extra)} that do not belong to it ({', '.join(extra[:3])})"] if extra else []
+    if told:
+        raise ValueError(f"of the model's weights {source} {' and '.join(told)}")
