@@ -153,7 +153,7 @@ def test_what_flow_grpo_divides_by_is_exactly_the_same() -> None:
         (" \n ", "the expression is empty"),
         ("pikscore/26", r"unknown reward 'pikscore' at 1 in '>>>pikscore/26'; did you mean 'pickscore'\?"),
         ("clip + pikscore", r"unknown reward 'pikscore' at 8 in 'clip \+ >>>pikscore'; did you mean 'pickscore'\?"),
-        ("nothing_like_it", "unknown reward 'nothing_like_it' at 1 .*; there are clip, geneval"),
+        ("nothing_like_it", "unknown reward 'nothing_like_it' at 1 .*; there are aesthetic, clip"),
         ("min + clip", r"unknown reward 'min' at 1 .*; the function is written min\(x, y, \.\.\.\)"),
         ("mim(clip)", r"unknown function 'mim' at 1 .*; did you mean 'min'\?"),
         ("__import__(clip)", "unknown function '__import__'"),

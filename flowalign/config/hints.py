@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from flowalign.config.paths import ConfigError, is_ours, locate, suggest
+from flowalign.config.paths import ConfigError, is_ours, locate, names_code, suggest
 from flowalign.config.place import Place, label, show
 from flowalign.config.signatures import LISTS, MAPPINGS, REQUIRED, SCALARS, fits, is_object, parameters, type_hints
 
@@ -125,7 +125,7 @@ def _union(value: Any, hint: Any, at: Place) -> Any:
     objects = any(is_object(member) for member in members)
     if objects and isinstance(value, str):
         takes_text = any(member in (str, Path) or get_origin(member) is Literal for member in members)
-        if is_ours(value) or not takes_text:
+        if is_ours(value) or not takes_text or (at.allow_code and names_code(value)):
             return _object(value, hint, at)
     if objects and isinstance(value, Mapping) and "class" in value:
         return _object(value, hint, at)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +40,13 @@ def dotted_name(value: Any) -> str:
     if not _PATH.fullmatch(path):
         raise ValueError(f"{path} has no dotted path")
     return path
+
+
+def names_code(text: str) -> bool:
+    """Whether a text that may be something else is the dotted path of a module that python finds, and no file."""
+    if not _PATH.fullmatch(text) or Path(text).exists():
+        return False
+    return importlib.util.find_spec(text.split(".")[0]) is not None
 
 
 def locate(path: str, allow_code: bool = False) -> Any:
