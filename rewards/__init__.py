@@ -16,6 +16,7 @@ from rewards.algebra import (
 )
 from rewards.base import Card, Minimum, Product, Reward, WeightedSum
 from rewards.clip import CLIPScore
+from rewards.ctc import CTCText
 from rewards.expression import parse_reward
 from rewards.frames import OnFrames
 from rewards.geneval import GenEval
@@ -49,6 +50,7 @@ __all__ = [
     "CLIPEmbedder",
     "CLIPImageScore",
     "CLIPScore",
+    "CTCText",
     "Card",
     "Clip",
     "DINOScore",

@@ -11,7 +11,7 @@ class PickScore(CLIPScore):
     """exp(logit_scale) * cos(picture, prompt), in float32, about 17 to 24; differentiable to the pixels.
 
     A difference of one is odds of e to one that people pick that picture. Flow-GRPO divides by 26, in a config:
-    `{class: rewards.WeightedSum, rewards: [rewards.PickScore], weights: [0.038461538]}`.
+    `reward: pickscore / 26`.
 
     The published weights were not run here: what is tested is the arithmetic, on a CLIPModel with random weights.
 

@@ -99,6 +99,14 @@ def test_it_reads(reward: OCR) -> None:
     assert scores.valid.all()
 
 
+@pytest.mark.parametrize(("right", "wrong"), [("Open", "Closed"), ("NASA 2049", "Bakery"), ("cat", "dog")])
+def test_a_wrong_word_is_below_a_half(reward: OCR, right: str, wrong: str) -> None:
+    pixels = written(right).repeat(2, 1, 1, 1)
+    scores = reward(Media(pixels), Prompts((f'a sign "{right}"', f'a sign "{wrong}"'), ({}, {})))
+    assert scores.total[0] == 1.0
+    assert scores.total[1] < 0.5
+
+
 def test_a_picture_it_fails_on_has_no_score(reward: OCR, caplog: pytest.LogCaptureFixture) -> None:
     working = reward.engine
 

@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from flowalign.cli import parse_trainer
 from flowalign.config import arguments_of, load_yaml
+from flowalign.records import Media, Prompts
+from rewards import parse_reward
+from rewards.base import as_reward
+from rewards.expression import REWARDS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -55,10 +60,11 @@ def test_flow_grpo_settings_are_the_published_ones(short: str, beta: float, metr
 
 
 def test_pickscore_is_divided_by_26() -> None:
-    reward = resolved("flow_grpo/sd3.5_pickscore.yaml")["reward"]
-    assert reward["weights"] == [pytest.approx(1 / 26, rel=1e-12)]
-    assert reward["rewards"][0]["class"] == "rewards.PickScore"
-    assert reward["constant"] == 0.0
+    formula = resolved("flow_grpo/sd3.5_pickscore.yaml")["reward"]
+    assert REWARDS["pickscore"] == "rewards.pickscore.PickScore"
+    given = as_reward(lambda media, prompts: torch.tensor([26.0, 13.0]))
+    scores = parse_reward(formula, {"pickscore": given})(Media(torch.zeros(2, 3, 8, 8)), Prompts(("a", "b"), ({}, {})))
+    assert scores.total.tolist() == [1.0, 0.5]
 
 
 def test_ocr_drops_what_it_cannot_read_and_the_others_stop() -> None:
