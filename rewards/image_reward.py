@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward, simple_scores
-from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise, pictures, resize_shortest
+from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise, pictures, resize_shortest, rounded_center_crop
 from rewards.towers import check_names, read_weights, weights_file
 
 if TYPE_CHECKING:
@@ -120,15 +120,6 @@ class ImageReward(Reward):
             list(texts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         )
         return read.input_ids, read.attention_mask
-
-
-def rounded_center_crop(pixels: Float[Tensor, "b 3 h w"], size: int) -> Float[Tensor, "b 3 size size"]:
-    """The middle of pictures of at least size x size; half a pixel is rounded to even, as torchvision does.
-
-    `rewards.pixels.center_crop` rounds it down, as transformers does.
-    """
-    top, left = (round((side - size) / 2) for side in pixels.shape[2:])
-    return pixels[:, :, top : top + size, left : left + size]
 
 
 class Tower(nn.Module):

@@ -18,6 +18,7 @@ from flowalign.records import Media
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP (github.com/openai/CLIP, clip.py)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as DINO's authors prepare pictures
 FRACTION_BITS = 22  # of PIL's 8-bit weights: 32 less 8 for the level and 2 for the sign and the overshoot
 
 
@@ -113,6 +114,15 @@ def center_crop(pixels: Float[Tensor, "b 3 h w"], size: int) -> Float[Tensor, "b
     if min(height, width) < size:
         raise ValueError(f"cannot crop {size} x {size} out of a picture of {height} x {width}")
     top, left = (height - size) // 2, (width - size) // 2
+    return pixels[:, :, top : top + size, left : left + size]
+
+
+def rounded_center_crop(pixels: Float[Tensor, "b 3 h w"], size: int) -> Float[Tensor, "b 3 size size"]:
+    """The middle of pictures of at least size x size; half a pixel is rounded to even, as torchvision does.
+
+    `center_crop` rounds it down, as transformers does.
+    """
+    top, left = (round((side - size) / 2) for side in pixels.shape[2:])
     return pixels[:, :, top : top + size, left : left + size]
 
 

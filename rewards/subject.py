@@ -18,14 +18,11 @@ from torch import Tensor
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, simple_scores
 from rewards.clip import CLIPScore
-from rewards.image_reward import rounded_center_crop
-from rewards.pixels import normalise, resize_shortest
+from rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, resize_shortest, rounded_center_crop
 from rewards.towers import PictureTower, check_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ReferenceScore(PictureTower):

@@ -21,12 +21,19 @@ from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward, simple_scores
 from rewards.clip import CLIPScore
 from rewards.frames import videos
-from rewards.pixels import Preprocessing, center_crop, normalise, straight_through, to_eight_bit
+from rewards.pixels import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    center_crop,
+    normalise,
+    straight_through,
+    to_eight_bit,
+)
 
 if TYPE_CHECKING:
     from transformers import ViTModel
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as DINO's authors prepare pictures
 BRISK = 0.05  # of [0, 1]: our choice, a scale and no threshold; VBench measures flow and has no such number
 TOP = 0.05  # of the pixels: those that move most, as in VBench's dynamic degree
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from flowalign.records import Media, Prompts
-from rewards.image_reward import ImageReward, Tower, check_weights, configs, renamed, rounded_center_crop
-from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise
+from rewards.image_reward import ImageReward, Tower, check_weights, configs, renamed
+from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise, rounded_center_crop
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "rewards" / "image_reward.safetensors")
 PICTURES = [GOLDEN[f"picture_{i}"].permute(2, 0, 1)[None].float() / 255 for i in range(5)]

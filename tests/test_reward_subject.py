@@ -16,8 +16,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from flowalign.pictures import to_images
 from flowalign.records import Media, Prompts
-from rewards.pixels import normalise
-from rewards.subject import IMAGENET_MEAN, IMAGENET_STD, CLIPImageScore, DINOScore, DINOv2Score, ReferenceScore
+from rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
+from rewards.subject import CLIPImageScore, DINOScore, DINOv2Score, ReferenceScore
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 

@@ -16,9 +16,8 @@ from flowalign.config import build
 from flowalign.records import Media, Prompts
 from flowalign.shapes import WEIGHTS
 from rewards import Reward
+from rewards.pixels import IMAGENET_MEAN, IMAGENET_STD
 from rewards.temporal import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     BackgroundConsistency,
     FrameConsistency,
     FrameDynamics,
