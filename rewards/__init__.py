@@ -31,6 +31,7 @@ from rewards.judges import QualityLevels, SoftTIFA, UnifiedReward, UnifiedReward
 from rewards.ocr import OCR
 from rewards.openclip import OpenCLIPScore
 from rewards.pickscore import PickScore
+from rewards.preference import LearntReward, Pair
 from rewards.remote import RemoteReward
 from rewards.sets import MMD, CLIPEmbedder, FrechetDistance, VendiScore
 from rewards.shapes import ShapesVerifier
@@ -70,6 +71,7 @@ __all__ = [
     "JPEGIncompressibility",
     "Judge",
     "LambdaHarmonic",
+    "LearntReward",
     "LogSigmoid",
     "Mean",
     "MeanMinusStd",
@@ -77,6 +79,7 @@ __all__ = [
     "Normalise",
     "OnFrames",
     "OpenCLIPScore",
+    "Pair",
     "PairJudge",
     "PairwiseWinRate",
     "PickScore",

@@ -7,5 +7,6 @@ from trainers.evaluation import Evaluation
 from trainers.flow_grpo import FlowGRPO
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
+from trainers.reward_model import RewardFit
 
-__all__ = ["Checkpoints", "Evaluation", "FlowGRPO", "Optimizer", "Sampling"]
+__all__ = ["Checkpoints", "Evaluation", "FlowGRPO", "Optimizer", "RewardFit", "Sampling"]
