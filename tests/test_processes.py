@@ -164,6 +164,26 @@ def test_launchers_tell_who_is_who(environ, places):
     assert distributed._places(environ) == places
 
 
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("n1,n7", "n1"),
+        ("gpu[03-05,11],cpu1", "gpu03"),
+        ("gpu[8,11]", "gpu8"),
+        ("login1,gpu[03-05]", "login1"),
+        ("127.0.0.1", "127.0.0.1"),
+    ],
+)
+def test_processes_of_srun_meet_at_its_first_host(nodes, first):
+    assert distributed.first_host(nodes) == first
+
+
+def test_a_launcher_s_variable_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match="the launcher's variable WORLD_SIZE is no number: 'x'"):
+        distributed.start({"RANK": "0", "WORLD_SIZE": "x"})
+
+
 def test_processes_that_have_not_met_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -58,6 +58,7 @@ class Keeper:
     def __init__(self, trainer: Trainer, run: Run, config: Mapping[str, Any] | None, settings: Checkpoints) -> None:
         self.trainer, self.run, self.config, self.settings = trainer, run, config, settings
         self.folder = run.folder / "checkpoints"
+        self.facts = facts(trainer, config)  # once: it reads all prompts
         self.progress = Progress(trainer.epochs)
         self._broken: set[str] = set()
         self._place: tuple[int, int] | None = None  # of the last save
@@ -104,9 +105,9 @@ class Keeper:
             state.normalisers = {name: one.state_dict() for name, one in trainer.normalisers.items()}
             state.logs, state.clock = self.run.written(), self.run.seconds
             shared, own = state.trees()
-            held, name = facts(trainer, self.config), self.name()
+            name, shared = self.name(), shared | {"facts": self.facts}
             self._broken.discard(name)
-            path = checkpoint.save(self.folder, name, shared | {"facts": held}, own, self._save_policy, self._kept)
+            path = checkpoint.save(self.folder, name, shared, own, self._save_policy, self._kept)
         self._saved, self._place = time.monotonic(), (state.epoch, state.part)
         on_main(self._publish)
         return path
@@ -216,7 +217,7 @@ class Keeper:
 
     def _check_config(self, known: Mapping[str, Any], allow_change: Sequence[str]) -> list[str]:
         """The keys that have changed, all of them allowed to."""
-        names = changed(known, facts(self.trainer, self.config))
+        names = changed(known, self.facts)
         problem = refusal(self.run.folder, names, allow_change)
         if problem is not None:
             raise ValueError(problem)
