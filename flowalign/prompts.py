@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flowalign.media import REFERENCES, confined
 from flowalign.randomness import key_generator
 from flowalign.records import Prompts
 
@@ -64,7 +65,23 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         raise ValueError(f"{path}:{number}: the prompt holds half a character (a lone surrogate)")
     if not row["prompt"].strip():
         raise ValueError(f"{path}:{number}: the prompt is empty")
+    if REFERENCES in row:
+        row[REFERENCES] = _references(path, number, row[REFERENCES])
     return row
+
+
+def _references(path: Path, number: int, names: object) -> list[str]:
+    """The files that a line names, relative to the file of prompts, as absolute paths; they must be in its folder."""
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}:{number}: "{REFERENCES}" must be a list of picture files, got {names!r}')
+    try:
+        files = [confined(path.resolve().parent, name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{path}:{number}: the reference {missing[0]} is not a file")
+    return [str(file) for file in files]
 
 
 def _no_number(name: str) -> None:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flowalign.media import confined, load
 from flowalign.randomness import key_noise
 from flowalign.records import Media, Prompts, Scores
 from flowalign.tracking import json_lines, write_atomically
 from rewards.base import Card, simple_scores
 from rewards.clip import CLIPTowers, load_clip, preprocessing
-from rewards.scoring import load
 from rewards.towers import check_names, read_weights
 
 SETTINGS, WEIGHTS = "reward.json", "reward.safetensors"
@@ -203,10 +203,7 @@ def _record(place: object, text: str) -> dict[str, Any]:
 
 def _picture(path: Path, name: str) -> Float[Tensor, "3 h w"]:
     """A picture beside `path`; links are followed before it is checked that it lies in that folder."""
-    root = path.resolve().parent
-    file = (root / name).resolve()
-    if not file.is_relative_to(root):
-        raise ValueError(f"{name} lies outside {root}; picture files must be inside the folder of the preferences")
+    file = confined(path.resolve().parent, name)
     pixels, _ = load(file)
     if pixels.ndim != 3:
         raise ValueError(f"{name} is a video; preferences are between pictures")

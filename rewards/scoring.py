@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from flowalign.media import PICTURES, VIDEOS, load, shown
 from flowalign.pictures import grid
 from flowalign.progress import Progress
 from flowalign.records import Media, Prompts, Scores
 from flowalign.tracking import json_lines, write_atomically
 from rewards.base import Reward, join_scores
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
-MOST_PIXELS = 64_000_000  # of one picture: more is a decompression bomb, or a mistake
 SHEET = 64  # pictures on the contact sheet: the best and the worst
 
 
@@ -85,46 +82,11 @@ def _beside(path: Path) -> str:
     return text.read_text("utf-8-sig").strip()
 
 
-def load(path: Path) -> tuple[Float[Tensor, "*frames 3 h w"], float | None]:
-    """A picture, or a video's frames and its frames per second, in [0, 1].
-
-    Raises: ValueError for a file that cannot be read, or is too large.
-    """
-    if path.suffix.lower() in VIDEOS:
-        return _video(path)
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{path} has {image.width} x {image.height} pixels; the most are {MOST_PIXELS:,}")
-            pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255, None
-
-
-def _video(path: Path) -> tuple[Float[Tensor, "f 3 h w"], float | None]:
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError(f"{path}: videos need PyAV: pip install av") from error
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            rate = stream.average_rate
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
-    except (av.error.FFmpegError, IndexError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a video: {error}") from error
-    if not frames or rate is None:
-        raise ValueError(f"{path} has no frames, or does not say how many a second")
-    return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, float(rate)
-
-
 def score_files(reward: Reward, items: Sequence[Item], batch_size: int) -> tuple[Scores, list[Tensor]]:
     """The scores of all files, in order, and a small picture of each. Media of one size are scored together."""
     progress = Progress(len(items))
     parts, small = [], []
-    for batch, media in _batches(items, batch_size):
-        told = Prompts(tuple(item.prompt for item in batch), tuple(item.metadata for item in batch))
+    for batch, media, told in _batches(items, batch_size):
         scores = reward(media, told)
         parts.append(Scores(scores.total.cpu(), {k: v.cpu() for k, v in scores.parts.items()}, scores.valid.cpu()))
         small += [_small(pixels) for pixels in media.pixels]
@@ -134,18 +96,24 @@ def score_files(reward: Reward, items: Sequence[Item], batch_size: int) -> tuple
     return join_scores(parts), small
 
 
-def _batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], Media]]:
+def _batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], Media, Prompts]]:
     held: list[tuple[Item, Tensor]] = []
     rate: float | None = None
     for item in items:
         pixels, fps = load(item.path)
         if held and (len(held) == size or held[0][1].shape != pixels.shape or rate != fps):
-            yield [one for one, _ in held], Media(torch.stack([value for _, value in held]), rate)
+            yield _together(held, rate)
             held = []
         held.append((item, pixels))
         rate = fps
     if held:
-        yield [one for one, _ in held], Media(torch.stack([value for _, value in held]), rate)
+        yield _together(held, rate)
+
+
+def _together(held: Sequence[tuple[Item, Tensor]], rate: float | None) -> tuple[list[Item], Media, Prompts]:
+    batch = [item for item, _ in held]
+    told = Prompts(tuple(item.prompt for item in batch), tuple(item.metadata for item in batch))
+    return batch, shown(torch.stack([pixels for _, pixels in held]), told, rate), told
 
 
 def _small(pixels: Float[Tensor, "*frames 3 h w"]) -> Float[Tensor, "3 128 128"]:
@@ -168,9 +136,9 @@ def write(items: Sequence[Item], scores: Scores, small: Sequence[Tensor], out: P
     rows = [_row(item, scores, i) for i, item in enumerate(items)]
     write_atomically(out / "scores.jsonl", json_lines(rows))
     order = sorted(range(len(items)), key=lambda i: (not scores.valid[i], -float(scores.total[i].nan_to_num())))
-    shown = order if len(order) <= SHEET else order[: SHEET // 2] + order[-SHEET // 2 :]
-    captions = [f"{_number(scores, i)}\n{items[i].path.name}\n{items[i].prompt}" for i in shown]
-    write_atomically(out / "sheet.png", grid(torch.stack([small[i] for i in shown]), captions))
+    listed = order if len(order) <= SHEET else order[: SHEET // 2] + order[-SHEET // 2 :]
+    captions = [f"{_number(scores, i)}\n{items[i].path.name}\n{items[i].prompt}" for i in listed]
+    write_atomically(out / "sheet.png", grid(torch.stack([small[i] for i in listed]), captions))
     return table(items, scores, order, name)
 
 
@@ -178,8 +146,8 @@ def _row(item: Item, scores: Scores, index: int) -> dict[str, Any]:
     valid = bool(scores.valid[index])
     values = {"total": scores.total, **scores.parts}
     known = {name: float(value[index]) for name, value in values.items()}
-    shown = {name: value if valid and np.isfinite(value) else None for name, value in known.items()}
-    return {"file": str(item.path), "prompt": item.prompt, "valid": valid, **shown}
+    kept = {name: value if valid and math.isfinite(value) else None for name, value in known.items()}
+    return {"file": str(item.path), "prompt": item.prompt, "valid": valid, **kept}
 
 
 def _number(scores: Scores, index: int) -> str:

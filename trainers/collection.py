@@ -12,10 +12,11 @@ from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.distributed import gather_text, rank, share, sum_over_ranks, world_size
+from flowalign.media import shown
 from flowalign.models.base import Model
 from flowalign.prompts import epoch_prompts
 from flowalign.randomness import key_noise, keyed_globals
-from flowalign.records import Media, Prompts, Scores, Step, join_steps
+from flowalign.records import Prompts, Scores, Step, join_steps
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
 from rewards.base import Reward, join_scores
@@ -105,7 +106,7 @@ class Collection:
         compared = tuple(group for group, _ in samples[:kept])
         told = replace(self.prompts.rows([epoch.prompts[group] for group in compared]), groups=compared)
         with self.model.meter.phase("reward"), keyed_globals(self.seed, "reward", epoch.number, index):
-            scores = detached(self.reward(Media(pixels), told))
+            scores = detached(self.reward(shown(pixels, told), told))
         steps = [step.rows(torch.arange(kept // step.members)) for step in made.steps]
         return Collected(tuple(steps), scores)
 

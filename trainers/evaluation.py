@@ -11,11 +11,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from flowalign.distributed import on_main, rank, share, world_size
+from flowalign.media import shown
 from flowalign.models.base import Model
 from flowalign.pictures import to_bytes, unzipped, zipped
 from flowalign.prompts import as_prompts
 from flowalign.randomness import keyed_globals
-from flowalign.records import Media, Prompts, Scores
+from flowalign.records import Prompts, Scores
 from flowalign.sample import pictures
 from flowalign.tracking import Run, json_lines, write_atomically
 from rewards.base import Reward
@@ -135,7 +136,7 @@ class Evaluator:
                 pixels = next(drawn)
                 told = self.prompts.rows([*at])
                 with keyed_globals(self.seed, "evaluation_reward", mine[turn]):
-                    scores.append(detached(self.reward(Media(pixels), told)))
+                    scores.append(detached(self.reward(shown(pixels, told), told)))
                 made.append(to_bytes(pixels))
         at = range(mine.start * self.rows, min(mine.stop * self.rows, total))
         return gather_rows(torch.cat(made) if made else None, at, total), gather_scores(scores, at, total)
@@ -158,12 +159,12 @@ class Evaluator:
             return
         values = [f"{value:.2f}" if ok else "no score" for value, ok in zip(scores.total, scores.valid, strict=True)]
         captions = [f"{text}\n{value}" for text, value in zip(self.prompts.text, values, strict=True)][:count]
-        shown = pixels[:count] / 255
-        run.save_grid(f"epoch-{epoch:06d}", shown, captions)
+        drawn = pixels[:count] / 255
+        run.save_grid(f"epoch-{epoch:06d}", drawn, captions)
         first = run.folder / "evaluations" / "epoch-000000.zip"
         if epoch == 0 or not first.is_file():
             return
-        both = torch.stack([unzipped(first, count), shown], 1).flatten(0, 1)
+        both = torch.stack([unzipped(first, count), drawn], 1).flatten(0, 1)
         named = [line for text in self.prompts.text[:count] for line in (f"before: {text}", "after")]
         run.save_grid("before_after", both, named)
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from flowalign.media import shown
 from flowalign.models.base import Model
 from flowalign.pictures import to_bytes
 from flowalign.randomness import keyed_globals
@@ -241,7 +242,7 @@ def judge(trainer: Trainer) -> Judging | None:
     def look() -> None:
         pixels = model.decode(latents)
         with keyed_globals(trainer.seed, "evaluation_reward", 0):
-            scores.append(detached(evaluator.reward(Media(pixels), told)))
+            scores.append(detached(evaluator.reward(shown(pixels, told), told)))
 
     sample()
     sampled, looked = timed(model, sample), min(timed(model, look), timed(model, look))

@@ -1,0 +1,95 @@
+"""Files of pictures and videos as tensors, and what a reward is shown of a batch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from flowalign.records import Media, Prompts
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
+MOST_PIXELS = 64_000_000  # of one picture: more is a decompression bomb, or a mistake
+REFERENCES = "references"  # the key of a prompt's metadata that names the pictures its media should be like
+KEPT = 256  # sets of references that are kept in memory
+
+
+def load(path: Path) -> tuple[Float[Tensor, "*frames 3 h w"], float | None]:
+    """A picture, or a video's frames and its frames per second, in [0, 1].
+
+    Raises: ValueError for a file that cannot be read, or is too large.
+    """
+    if path.suffix.lower() in VIDEOS:
+        return _video(path)
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{path} has {image.width} x {image.height} pixels; the most are {MOST_PIXELS:,}")
+            pixels = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255, None
+
+
+def _video(path: Path) -> tuple[Float[Tensor, "f 3 h w"], float | None]:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(f"{path}: videos need PyAV: pip install av") from error
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate = stream.average_rate
+            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+    except (av.error.FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+    if not frames or rate is None:
+        raise ValueError(f"{path} has no frames, or does not say how many a second")
+    return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, float(rate)
+
+
+def confined(root: Path, name: str) -> Path:
+    """The file of that name in a folder or below it; links are followed before it is checked where it lies.
+
+    Raises: ValueError for one outside.
+    """
+    file = (root / name).resolve()
+    if not file.is_relative_to(root.resolve()):
+        raise ValueError(f"{name} lies outside {root.resolve()}, where the files that a data file names must be")
+    return file
+
+
+def shown(pixels: Float[Tensor, "b *frames 3 h w"], prompts: Prompts, fps: float | None = None) -> Media:
+    """What a reward sees of a batch: its media, with the pictures that the prompts' "references" name, if they do.
+
+    Raises: ValueError where some prompts have references and others have none, and as `load_references` does.
+    """
+    named = [row.get(REFERENCES) for row in prompts.metadata]
+    if not any(named):
+        return Media(pixels, fps)
+    if not all(named):
+        without = named.index(next(name for name in named if not name))
+        raise ValueError(f"prompt {prompts.text[without]!r} has no references, others of its batch have some")
+    return Media(pixels, fps, tuple(load_references(tuple(names)) for names in named if names))
+
+
+@lru_cache(maxsize=KEPT)
+def load_references(files: tuple[str, ...]) -> Float[Tensor, "k 3 h w"]:
+    """Pictures in [0, 1] from their files; the same files give the same tensor while they are kept.
+
+    Raises: ValueError for a file that is no picture, and for pictures of different sizes.
+    """
+    pictures = [load(Path(file))[0] for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        if picture.ndim != 3:
+            raise ValueError(f"{file} is a video; references are pictures")
+        if picture.shape != pictures[0].shape:
+            sizes = " and ".join(f"{one.shape[2]} x {one.shape[1]}" for one in (pictures[0], picture))
+            raise ValueError(f"references of one prompt must have one size: {files[0]} and {file} have {sizes}")
+    return torch.stack(pictures)
