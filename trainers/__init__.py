@@ -8,5 +8,6 @@ from trainers.flow_grpo import FlowGRPO
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
 from trainers.reward_model import RewardFit
+from trainers.reward_run import RewardModel
 
-__all__ = ["Checkpoints", "Evaluation", "FlowGRPO", "Optimizer", "RewardFit", "Sampling"]
+__all__ = ["Checkpoints", "Evaluation", "FlowGRPO", "Optimizer", "RewardFit", "RewardModel", "Sampling"]

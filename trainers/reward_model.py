@@ -9,7 +9,7 @@ The head alone is trained on embeddings computed once, or all of the model is, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,22 +137,21 @@ def fit(
 
     Raises: ValueError without pairs to train on or decided ones to look at, and where the loss is not finite.
     """
-    decided = [pair for pair in held_out if pair.label != "tie"]
-    if not pairs or not decided:
-        raise ValueError(f"{len(pairs)} pairs to train on and {len(decided)} decided held-out ones: there must be some")
-    if augment is not None and not settings.full:
-        raise ValueError("augment needs full: the head alone is trained on embeddings that are computed once")
-    before = agreement(*outcomes(reward, decided))
-    parameters = [*reward.train_on(settings.full).values()]
-    ties = any(pair.label == "tie" for pair in pairs)
-    spread = nn.Parameter(torch.zeros((), device=parameters[0].device))  # log theta = softplus(spread)
-    try:
-        losses = _epochs(reward, pairs, settings, augment, parameters, spread if ties else None)
-    finally:
-        reward.freeze()
-    difference, first_won = outcomes(reward, decided)
-    after, error = agreement(difference, first_won), calibration_error(difference, first_won)
-    return Report(before, after, error, len(decided), losses, float(F.softplus(spread.detach())) if ties else 0.0)
+    before = agreement(*outcomes(reward, decided(pairs, held_out)))
+    with Fitting(reward, pairs, settings, augment) as fitting:
+        progress = Progress(fitting.steps)
+        for _ in range(settings.epochs):
+            fitting.run_epoch(progress)
+        progress.close()
+    return fitting.report(before, held_out)
+
+
+def decided(pairs: Sequence[Pair], held_out: Sequence[Pair]) -> list[Pair]:
+    """The held-out pairs that are no ties. Raises: ValueError where there is none, or no pair to train on."""
+    found = [pair for pair in held_out if pair.label != "tie"]
+    if not pairs or not found:
+        raise ValueError(f"{len(pairs)} pairs to train on and {len(found)} decided held-out ones: there must be some")
+    return found
 
 
 def outcomes(reward: LearntReward, pairs: Sequence[Pair]) -> tuple[Float[Tensor, " b"], Bool[Tensor, " b"]]:
@@ -168,39 +167,86 @@ def outcomes(reward: LearntReward, pairs: Sequence[Pair]) -> tuple[Float[Tensor,
     return difference, torch.tensor([pair.label == "first" for pair in pairs], device=difference.device)
 
 
-def _epochs(
-    reward: LearntReward,
-    pairs: Sequence[Pair],
-    settings: RewardFit,
-    augment: Augment | None,
-    parameters: list[nn.Parameter],
-    spread: nn.Parameter | None,
-) -> tuple[float, ...]:
-    groups: list[dict[str, Any]] = [{"params": parameters}]
-    if spread is not None:
-        groups.append({"params": [spread], "lr": max(settings.learning_rate, 0.01), "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay)
-    total = settings.epochs * math.ceil(len(pairs) / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup, 1)) * (1 - step / total)
-    )
-    frozen = None if settings.full else _frozen_rates(reward, pairs)
-    progress, losses = Progress(total), []
-    for epoch in range(settings.epochs):
-        rates = frozen or _live_rates(reward, pairs, augment, settings.seed, epoch)
-        order = key_generator(settings.seed, "reward_order", epoch).permutation(len(pairs))
+class Fitting:
+    """A reward in training, epoch by epoch; while entered its weights carry gradients.
+
+    A run may go on elsewhere: `state` is all that it has become, plain data and tensors.
+    """
+
+    def __init__(
+        self, reward: LearntReward, pairs: Sequence[Pair], settings: RewardFit, augment: Augment | None = None
+    ) -> None:
+        if augment is not None and not settings.full:
+            raise ValueError("augment needs full: the head alone is trained on embeddings that are computed once")
+        self.reward, self.pairs, self.settings, self.augment = reward, pairs, settings, augment
+        self.losses: list[float] = []
+        self.steps = settings.epochs * math.ceil(len(pairs) / settings.batch_size)
+
+    def __enter__(self) -> Fitting:
+        reward, settings = self.reward, self.settings
+        self._frozen = None if settings.full else _frozen_rates(reward, self.pairs)
+        self.parameters = reward.train_on(settings.full)
+        device = next(iter(self.parameters.values())).device
+        self.spread = nn.Parameter(torch.zeros((), device=device))  # log theta = softplus(spread)
+        self.ties = any(pair.label == "tie" for pair in self.pairs)
+        groups: list[dict[str, Any]] = [{"params": [*self.parameters.values()]}]
+        groups.append({"params": [self.spread], "lr": max(settings.learning_rate, 0.01), "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / max(settings.warmup, 1)) * (1 - step / self.steps)
+        )
+        return self
+
+    def __exit__(self, kind: object, error: object, at: object) -> None:
+        self.reward.freeze()
+
+    def run_epoch(self, progress: Progress) -> None:
+        """Each pair once, in an order that is drawn from the seed."""
+        settings, epoch = self.settings, len(self.losses)
+        rates = self._frozen or _live_rates(self.reward, self.pairs, self.augment, settings.seed, epoch)
+        order = key_generator(settings.seed, "reward_order", epoch).permutation(len(self.pairs))
         summed = 0.0
-        for batch in np.array_split(order, total // settings.epochs):
-            loss = _loss(rates, pairs, batch.tolist(), settings.margin, spread)
-            optimizer.zero_grad()
+        for batch in np.array_split(order, self.steps // settings.epochs):
+            spread = self.spread if self.ties else None
+            loss = _loss(rates, self.pairs, batch.tolist(), settings.margin, spread)
+            self.optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            schedule.step()
+            self.optimizer.step()
+            self.schedule.step()
             summed += float(loss.detach()) * len(batch)
             progress.update(len(batch), {"loss": float(loss.detach())})
-        losses.append(summed / len(pairs))
-    progress.close()
-    return tuple(losses)
+        self.losses.append(summed / len(self.pairs))
+
+    def state(self) -> dict[str, Any]:
+        """Weights, optimizer, schedule and losses."""
+        return {
+            "weights": self.parameters | {"spread": self.spread},
+            "optimizer": self.optimizer.state_dict()["state"],
+            "steps": self.schedule.last_epoch,
+            "losses": self.losses,
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` told; its keys may have become texts. Call it once, while entered."""
+        for name, weight in (self.parameters | {"spread": self.spread}).items():
+            weight.copy_(state["weights"][name])
+        known = self.optimizer.state_dict()
+        moments = {int(index): value for index, value in state["optimizer"].items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": known["param_groups"]})
+        self.schedule.last_epoch = state["steps"]
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(state["steps"])
+        self.losses = [*state["losses"]]
+
+    def report(self, before: float, held_out: Sequence[Pair]) -> Report:
+        """What training gave; call it when it is over."""
+        difference, first_won = outcomes(self.reward, decided(self.pairs, held_out))
+        after, error = agreement(difference, first_won), calibration_error(difference, first_won)
+        log_theta = float(F.softplus(self.spread.detach())) if self.ties else 0.0
+        return Report(before, after, error, len(difference), tuple(self.losses), log_theta)
 
 
 def _loss(
