@@ -53,7 +53,7 @@ def rollout(
 
     Args:
         condition: one row for each row of `start_noise`.
-        start_noise: float32 at sigmas[0]; one row per sample, or one per group where the path branches.
+        start_noise: float32, of unit variance; one row per sample, or one per group where the path branches.
         step_noise: the noise of step i, one row per sample; needed where the path has stochastic steps.
         members: samples per row after the branch; 1 where the path does not branch.
         rows_per_call: the most rows in a network call of a deterministic step, which no one replays; None for all.
@@ -61,6 +61,23 @@ def rollout(
 
     Raises: ValueError where the path's length is not the grid's, or stochastic steps have no noise.
     """
+    latents = model.start(start_noise.float(), sigmas[0])
+    return _walk(model, condition, latents, sigmas, path, policy, step_noise, members, rows_per_call, keep_path)
+
+
+def _walk(
+    model: Model,
+    condition: Condition,
+    latents: Latents,
+    sigmas: list[float],
+    path: Path,
+    policy: Policy,
+    step_noise: Callable[[int], Latents] | None,
+    members: int,
+    rows_per_call: int | None,
+    keep_path: bool,
+) -> Trajectory:
+    """The steps of `rollout`, from latents at sigmas[0]."""
     grid = intervals(sigmas)
     if len(path.transitions) != len(grid):
         raise ValueError(f"the path has {len(path.transitions)} steps and the sigma grid {len(grid)}")
@@ -68,7 +85,7 @@ def rollout(
         raise ValueError(f"steps {list(path.stochastic)} are stochastic and need step_noise")
     if path.branch is None and members != 1:
         raise ValueError(f"a path without a branch has one sample per row, not {members}")
-    latents, steps, visited = start_noise.float(), [], [start_noise.float()]
+    steps, visited = [], [latents]
     for interval, transition in zip(grid, path.transitions, strict=True):
         if isinstance(transition, ODE):
             velocity = _in_calls(model, latents, interval.sigma, condition, policy.guidance_scale, rows_per_call)
@@ -82,7 +99,7 @@ def rollout(
                 condition = condition.rows(torch.arange(len(latents)).repeat_interleave(parted))
             latents = steps[-1].latents_next
         visited.append(latents)
-    return Trajectory(latents, tuple(steps), tuple(visited) if keep_path else ())
+    return Trajectory(model.finish(latents, sigmas[-1]), tuple(steps), tuple(visited) if keep_path else ())
 
 
 @torch.no_grad()
@@ -98,7 +115,7 @@ def resume(
     """The ODE from latents at `sigma` to the end, along the points of the grid that lie below it; returns x_0."""
     grid = [sigma] + [point for point in sigmas if point < sigma]
     path = Path((ODE(),) * (len(grid) - 1))
-    return rollout(model, condition, latents, grid, path, policy, rows_per_call=rows_per_call).latents
+    return _walk(model, condition, latents, grid, path, policy, None, 1, rows_per_call, False).latents
 
 
 @dataclass(frozen=True)

@@ -125,14 +125,17 @@ class Collection:
         Args:
             trained: steps whose density the loss reads. reference: whether it reads the reference's too.
         """
-        guided = 1 if self.policy.guidance_scale == 1 else 2
-        rows, samples, steps = len(epoch.rows), len(epoch.rows) * epoch.members, len(epoch.path.transitions)
-        apart = 0 if epoch.path.branch is None else steps - epoch.path.branch - 1
-        sampled = Rows(guided * (rows * (steps - apart) + samples * apart))
-        learnt = sum(rows if epoch.path.branch is None or step <= epoch.path.branch else samples for step in trained)
-        both = guided == 2 and self.policy.unconditional_grad
-        update = Rows(0, 2 * learnt) if both else Rows((guided - 1) * learnt, learnt)
-        return sampled + update + Rows(guided * learnt if reference else 0)
+        samples = len(epoch.rows) * epoch.members
+        branch = len(epoch.path.transitions) if epoch.path.branch is None else epoch.path.branch
+        total = Rows()
+        for step in range(len(epoch.path.transitions)):
+            calls = self.model.calls(self.policy.guidance_scale, self.sigmas[step])
+            sampled = len(epoch.rows) if step <= branch else samples
+            learnt = sampled if step in trained else 0
+            both = calls == 2 and self.policy.unconditional_grad
+            update = Rows(0, 2 * learnt) if both else Rows((calls - 1) * learnt, learnt)
+            total += Rows(calls * sampled) + update + Rows(calls * learnt if reference else 0)
+        return total
 
 
 def join_steps_of(parts: Sequence[Collected]) -> tuple[Step, ...]:

@@ -67,17 +67,32 @@ class Model(ABC):
     def save(self, folder: Path) -> None:
         """Write the policy's weights in the layout that the plain pipeline loads."""
 
-    def velocity(self, latents: Latents, sigma: float, condition: Condition, guidance_scale: float = 1.0) -> Latents:
-        """The guided velocity v_u + w (v_c - v_u), from one call of twice the batch; one plain call at w = 1.
+    def start(self, noise: Latents, sigma: float) -> Latents:
+        """Latents at the grid's first sigma from unit noise, as the pipeline itself starts there."""
+        return noise
 
-        Classifier-free guidance (arXiv:2207.12598). For what is not replayed: `velocity_split` is the replayed one.
-        """
-        if guidance_scale == 1.0:
-            self.meter.network(len(latents))
-            return self.network(latents, sigma, condition, negative=False)
-        self.meter.network(2 * len(latents))
-        conditional, unconditional = self.network_doubled(latents, sigma, condition)
+    def finish(self, latents: Latents, sigma: float) -> Latents:
+        """What the pipeline decodes, from latents at the grid's last sigma, which need not be 0."""
+        return latents
+
+    def calls(self, guidance_scale: float, sigma: float) -> int:
+        """Network calls that one guided velocity takes: two, or one where nothing is guided away from."""
+        return 1 if guidance_scale == 1.0 else 2
+
+    def combine(self, conditional: Latents, unconditional: Latents, guidance_scale: float) -> Latents:
+        """v_u + w (v_c - v_u), classifier-free guidance (arXiv:2207.12598), or the family's own rule."""
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def velocity(self, latents: Latents, sigma: float, condition: Condition, guidance_scale: float = 1.0) -> Latents:
+        """The guided velocity, from one call of twice the batch where guidance takes two.
+
+        For what is not replayed: `velocity_split` is the replayed one.
+        """
+        calls = self.calls(guidance_scale, sigma)
+        self.meter.network(calls * len(latents))
+        if calls == 1:
+            return self.network(latents, sigma, condition, negative=False)
+        return self.combine(*self.network_doubled(latents, sigma, condition), guidance_scale)
 
     def velocity_split(
         self,
@@ -94,9 +109,9 @@ class Model(ABC):
         """
         self.meter.network(len(latents))
         conditional = self.network(latents, sigma, condition, negative=False)
-        if guidance_scale == 1.0:
+        if self.calls(guidance_scale, sigma) == 1:
             return conditional
         with torch.set_grad_enabled(unconditional_grad and torch.is_grad_enabled()):
             self.meter.network(len(latents))
             unconditional = self.network(latents, sigma, condition, negative=True)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return self.combine(conditional, unconditional, guidance_scale)

@@ -134,7 +134,8 @@ def _evaluation_seconds(trainer: Trainer, judging: Judging | None, processes: in
         return 0.0
     calls = -(-len(evaluator.prompts) // evaluator.rows)
     held = min(-(-calls // processes) * evaluator.rows, len(evaluator.prompts))
-    rows = held * evaluator.steps * (1 if evaluator.guidance_scale == 1 else 2)
+    sigmas = trainer.model.sigmas(evaluator.steps)[:-1]
+    rows = held * sum(trainer.model.calls(evaluator.guidance_scale, sigma) for sigma in sigmas)
     return rows * judging.seconds_per_row + held * judging.seconds_per_picture
 
 

@@ -246,7 +246,7 @@ def judge(trainer: Trainer) -> Judging | None:
 
     sample()
     sampled, looked = timed(model, sample), min(timed(model, look), timed(model, look))
-    rows = len(index) * len(path.transitions) * (1 if evaluator.guidance_scale == 1 else 2)
+    rows = len(index) * sum(model.calls(evaluator.guidance_scale, sigma) for sigma in sigmas[:-1])
     return Judging(tuple(scores[-1].parts), sampled / rows, looked / len(index))
 
 
