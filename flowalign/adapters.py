@@ -106,14 +106,15 @@ def as_reference(network: nn.Module, reference: Literal["base", "start"]) -> Ite
             parameter.requires_grad_(name in trained)
 
 
-def save_policy(pipeline: Any, network: nn.Module, folder: Path) -> None:
-    """Write the adapter as diffusers' `load_lora_weights` reads it, rank and alpha in its metadata."""
+def save_policy(pipeline: Any, network: nn.Module, folder: Path, network_name: str = "transformer") -> None:
+    """Write the adapter as diffusers' `load_lora_weights` reads it, rank and alpha in its metadata.
+
+    network_name: what the pipeline calls the network, "transformer" or "unet".
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = network.peft_config[POLICY]  # type: ignore[index]
     settings = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     weights = get_peft_model_state_dict(network, adapter_name=POLICY)
-    pipeline.save_lora_weights(
-        str(folder),
-        transformer_lora_layers={name: value.detach().cpu().contiguous() for name, value in weights.items()},
-        transformer_lora_adapter_metadata=settings,  # in one order: equal policies are equal files
-    )
+    layers = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    told = {f"{network_name}_lora_layers": layers, f"{network_name}_lora_adapter_metadata": settings}
+    pipeline.save_lora_weights(str(folder), **told)  # metadata in one order: equal policies are equal files

@@ -40,12 +40,17 @@ def intervals(sigmas: list[float]) -> tuple[Interval, ...]:
 
 @dataclass(frozen=True)
 class Condition:
-    """What the network is told about each row of a batch; every field has the batch as its first dimension."""
+    """What the network is told about each row of a batch; every field has the batch as its first dimension.
+
+    A mask is true where an embedding is a token's, and false where it is padding that the network does not attend to.
+    """
 
     prompt_embeds: Float[Tensor, "b n d"]
     pooled_prompt_embeds: Float[Tensor, "b p"] | None = None
     negative_prompt_embeds: Float[Tensor, "b n d"] | None = None
     negative_pooled_prompt_embeds: Float[Tensor, "b p"] | None = None
+    prompt_mask: Bool[Tensor, "b n"] | None = None
+    negative_prompt_mask: Bool[Tensor, "b n"] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)

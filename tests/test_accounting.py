@@ -27,7 +27,7 @@ class Watched:
     def __init__(self) -> None:
         self.model = SD3(tiny_sd3(), max_sequence_length=12)
         self.calls: list[tuple[int, bool]] = []
-        self.model.transformer.register_forward_hook(lambda module, inputs, output: self._saw(output[0]))
+        self.model.module.register_forward_hook(lambda module, inputs, output: self._saw(output[0]))
 
     def _saw(self, velocity: torch.Tensor) -> None:
         self.calls.append((len(velocity), velocity.requires_grad))

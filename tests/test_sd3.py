@@ -195,7 +195,7 @@ def test_saved_policy_loads_in_plain_diffusers_and_goes_on(reference, tmp_path: 
     with onward.reference():
         torch.testing.assert_close(onward.network(latents, 0.5, condition, negative=False), expected, atol=1e-6, rtol=0)
     assert all(p.requires_grad for p in onward.trainable().values())
-    assert not any(p.requires_grad for n, p in onward.transformer.named_parameters() if n not in onward.trainable())
+    assert not any(p.requires_grad for n, p in onward.module.named_parameters() if n not in onward.trainable())
 
 
 def test_bad_arguments_name_themselves() -> None:

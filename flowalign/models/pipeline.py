@@ -1,0 +1,270 @@
+"""What all families share: a diffusers pipeline with a LoRA policy on its network, each prompt encoded once."""
+
+from __future__ import annotations
+
+import gc
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flowalign.adapters import LoRA, add_policy, as_reference, policy_parameters, save_policy
+from flowalign.models.base import Latents, Model
+from flowalign.models.loading import load_pipeline
+from flowalign.records import Condition
+
+Precision = Literal["no", "fp16", "bf16"]
+Embedding = tuple[Tensor | None, ...]  # a prompt's row of each kind of embedding, as `encode_texts` orders them
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class PipelineModel(Model):
+    """A diffusers pipeline with a LoRA policy on its network.
+
+    A family says which pipelines it takes, and how they encode, call the network, and decode.
+
+    Args:
+        pipeline: the pipeline, a folder or hub id of one, or "shapes" for the embedded world's.
+        lora: the policy.
+        height, width: of the pictures, in pixels; None for the pipeline's default.
+        max_sequence_length: of a prompt in tokens, where the family can choose; None for the pipeline's default.
+        negative_prompt: what the unconditional call is told.
+        grid: None for the scheduler's own table, as the pipeline samples by default; or a function of the number of
+            steps whose sigmas are handed to the scheduler, as the pipeline's own `sigmas` argument, and shifted by it.
+        mixed_precision: of the network's calls. The policy stays float32, and so do latents and velocities.
+        decode_precision: of the VAE when it decodes.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        compile: `torch.compile` the network.
+        device: None for the pipeline's own device where it was moved, else CUDA if there is one.
+        prompts_per_call: prompts in one call of the encoders; shorter batches are padded to it.
+        embeddings_gb: prompts' embeddings kept on the host, in 10^9 bytes; those that were not used for longest go.
+
+    Raises: ValueError for a pipeline of another family, and for sizes that the network cannot take.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]  # names of diffusers' classes
+    network_name: ClassVar[str] = "transformer"
+    targets: ClassVar[tuple[str, ...]]  # the LoRA's by default, suffixes of module names
+    tokens: ClassVar[int] = 0  # of a prompt, where max_sequence_length does not say
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline | str,
+        lora: LoRA = LoRA(),
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        negative_prompt: str = "",
+        grid: Callable[[int], list[float]] | None = None,
+        mixed_precision: Precision = "no",
+        decode_precision: Precision = "no",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        device: str | None = None,
+        prompts_per_call: int = 8,
+        embeddings_gb: float = 8.0,
+    ) -> None:
+        self.pipeline: Any = load_pipeline(pipeline, self.pipelines)
+        self.device = torch.device(device) if device else _device_of(self.pipeline)
+        self.pipeline.to(self.device)
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self._autocast, self._decode_autocast = DTYPES.get(mixed_precision), DTYPES.get(decode_precision)
+        network = self.module
+        if self._autocast is not None:  # autocast would cast frozen weights anew at every call
+            nn.Module.to(network, self._autocast)  # diffusers' own `to` warns that nothing is kept float32
+        self.dtype: torch.dtype = self._autocast or next(network.parameters()).dtype
+        self.scale_loss = mixed_precision == "fp16"
+        self.lora = lora
+        add_policy(self.pipeline, network, lora, self.targets)
+        if gradient_checkpointing:
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.call: Any = torch.compile(network) if compile else network
+        self.max_sequence_length = self.tokens if max_sequence_length is None else max_sequence_length
+        self.negative_prompt, self.grid, self.prompts_per_call = negative_prompt, grid, prompts_per_call
+        self.embeddings_limit = embeddings_gb * 1e9
+        self._encoded: dict[str, Embedding] = {}  # those used last at the end
+        self.height, self.width = self._sized("height", height), self._sized("width", width)
+        self.latent_shape = self.latents_of(self.height, self.width)
+
+    @property
+    def module(self) -> nn.Module:
+        """The network that the policy is on."""
+        return getattr(self.pipeline, self.network_name)  # type: ignore[no-any-return]
+
+    def _sized(self, name: str, asked: int | None) -> int:
+        size, unit = asked or self.default_size(), self.size_unit()
+        if size % unit:
+            raise ValueError(f"{name} must be a multiple of {unit}, got {size}")
+        return size
+
+    @abstractmethod
+    def default_size(self) -> int:
+        """Height and width in pixels where none are asked for."""
+
+    @abstractmethod
+    def size_unit(self) -> int:
+        """Height and width must be multiples of this, in pixels."""
+
+    @abstractmethod
+    def latents_of(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one sample's latents, for media of that size in pixels."""
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor | None, ...]:
+        """The pipeline's embeddings of texts: prompt_embeds, then pooled_prompt_embeds and prompt_mask if any.
+
+        Each has a row for each text, and the same length whatever the texts are.
+        """
+
+    @abstractmethod
+    def predict(
+        self, latents: Latents, sigma: float, embeds: Tensor, pooled: Tensor | None, mask: Tensor | None
+    ) -> Latents:
+        """One call of the network as a velocity; latents are float32, embeddings on the device in their own dtype."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """See `Model.encode`. Raises ValueError for a new prompt after `free_encoders`."""
+        wanted = dict.fromkeys([*prompts, self.negative_prompt])
+        self._encode_missing([*wanted])
+        self._encoded |= {text: self._encoded.pop(text) for text in wanted}
+        self._forget(len(wanted))
+        told = [_stacked([self._encoded[text][i] for text in prompts], self.device) for i in range(3)]
+        negative = [one if one is None else one.to(self.device) for one in self._encoded[self.negative_prompt]]
+        apart = [one if one is None else one.expand(len(prompts), *one.shape) for one in negative]
+        assert told[0] is not None
+        return Condition(told[0], told[1], apart[0], apart[1], told[2], apart[2])
+
+    @torch.no_grad()
+    def _encode_missing(self, prompts: Sequence[str]) -> None:
+        missing = [text for text in dict.fromkeys(prompts) if text not in self._encoded]
+        if missing and self.pipeline.text_encoder is None:
+            raise ValueError(f"prompt {missing[0]!r} was not encoded before the text encoders were freed")
+        for start in range(0, len(missing), self.prompts_per_call):
+            texts = missing[start : start + self.prompts_per_call]
+            # one batch shape for all, so that an embedding does not depend on which prompts come with it
+            made = self.encode_texts(texts + [texts[-1]] * (self.prompts_per_call - len(texts)))
+            kinds = (*made, None, None)[:3]
+            for i, text in enumerate(texts):
+                self._encoded[text] = tuple(None if kind is None else kind[i].cpu().clone() for kind in kinds)
+
+    def _forget(self, kept: int) -> None:
+        """Drop the embeddings that were not used for longest where all are more than the limit; some stay."""
+        size = sum(one.nbytes for one in self._encoded[self.negative_prompt] if one is not None)  # of one shape all
+        most = max(kept, int(self.embeddings_limit / size))
+        if self.pipeline.text_encoder is not None:  # once freed, none can be made again
+            for text in [*self._encoded][: max(len(self._encoded) - most, 0)]:
+                del self._encoded[text]
+
+    def free_encoders(self) -> None:
+        """Drop the text encoders; prompts encoded so far stay usable."""
+        names = [name for name in self.pipeline.components if name.startswith("text_encoder")]
+        self.pipeline.register_modules(**dict.fromkeys(names))
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def sigmas(self, steps: int) -> list[float]:
+        """See `Model.sigmas`; with `grid`, the scheduler's shift of grid(steps) without its final 0."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        shift = self.resolution_shift()
+        if self.grid is None:
+            scheduler.set_timesteps(steps, mu=shift)
+        else:
+            scheduler.set_timesteps(sigmas=self.grid(steps)[:-1], mu=shift)
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+    def resolution_shift(self) -> float | None:
+        """mu, where the scheduler shifts its sigmas by the resolution."""
+        if self.pipeline.scheduler.config.use_dynamic_shifting:
+            raise ValueError(
+                f"{type(self.pipeline).__name__}'s scheduler shifts by resolution (use_dynamic_shifting), which "
+                f"{type(self).__name__} pipelines do not; give it a FlowMatchEulerDiscreteScheduler with a shift"
+            )
+        return None
+
+    def scheduler_note(self) -> str | None:
+        """What the pipeline's own scheduler does that a rollout does not, if anything."""
+        if type(self.pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+            return None
+        return (
+            f"the pipeline ships {type(self.pipeline.scheduler).__name__}; FlowAlign samples by first-order steps on "
+            "the same sigmas, which takes more steps for the same detail: compare pictures with those of `sample`"
+        )
+
+    def network(self, latents: Latents, sigma: float, condition: Condition, negative: bool) -> Latents:
+        return self._predict(latents, sigma, *_embeds(condition, negative))
+
+    def network_doubled(self, latents: Latents, sigma: float, condition: Condition) -> tuple[Latents, Latents]:
+        (negative, *others), (positive, *kinds) = _embeds(condition, True), _embeds(condition, False)
+        pooled, mask = (
+            None if one is None or other is None else torch.cat([one, other])
+            for one, other in zip(others, kinds, strict=True)
+        )
+        told = torch.cat([negative, positive]), pooled, mask
+        unconditional, conditional = self._predict(torch.cat([latents, latents]), sigma, *told).chunk(2)
+        return conditional, unconditional
+
+    def _predict(
+        self, latents: Latents, sigma: float, embeds: Tensor, pooled: Tensor | None, mask: Tensor | None
+    ) -> Latents:
+        pooled, mask = (None if one is None else one.to(self.device) for one in (pooled, mask))
+        with _autocast(self.device, self._autocast):
+            return self.predict(latents.to(self.device), sigma, embeds.to(self.device), pooled, mask).float()
+
+    def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
+        with _autocast(self.device, self._decode_autocast):
+            decoded = self.decode_latents(latents.to(self.device, self.pipeline.vae.dtype))
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def decode_latents(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
+        """What the VAE makes of latents, in [-1, 1], as the pipeline scales them for it."""
+        config = self.pipeline.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        decoded: Tensor = self.pipeline.vae.decode(latents / config.scaling_factor + shift, return_dict=False)[0]
+        return decoded
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return policy_parameters(self.module)
+
+    def reference(self) -> AbstractContextManager[None]:
+        return as_reference(self.module, self.lora.reference if self.lora.start else "base")
+
+    def save(self, folder: Path) -> None:
+        save_policy(self.pipeline, self.module, folder, self.network_name)
+
+
+def timesteps(latents: Tensor, value: float) -> Float[Tensor, " b"]:
+    """The same time for every row, in float32: what networks of diffusers embed."""
+    return torch.full((len(latents),), value, device=latents.device, dtype=torch.float32)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def _stacked(rows: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    known = [row for row in rows if row is not None]
+    return torch.stack(known).to(device) if known else None
+
+
+def _embeds(condition: Condition, negative: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if not negative:
+        return condition.prompt_embeds, condition.pooled_prompt_embeds, condition.prompt_mask
+    if condition.negative_prompt_embeds is None:
+        raise ValueError("this condition has no negative prompt; encode it with the model that is guided")
+    embeds, pooled = condition.negative_prompt_embeds, condition.negative_pooled_prompt_embeds
+    return embeds, pooled, condition.negative_prompt_mask
+
+
+def _device_of(pipeline: Any) -> torch.device:
+    if pipeline.device.type != "cpu" or not torch.cuda.is_available():
+        return torch.device(pipeline.device)
+    return torch.device("cuda")
