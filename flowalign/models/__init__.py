@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from flowalign.models.base import Model
+from flowalign.models.pipeline import PipelineModel
 from flowalign.models.sd3 import SD3
+from flowalign.models.unet import StableDiffusion, StableDiffusionXL
+
+FAMILIES: tuple[type[PipelineModel], ...] = (SD3, StableDiffusion, StableDiffusionXL)
+
+__all__ = ["SD3", "Model", "PipelineModel", "StableDiffusion", "StableDiffusionXL", "as_model", "family_of"]
 
 
 def as_model(model: Any) -> Model:
@@ -13,11 +19,16 @@ def as_model(model: Any) -> Model:
 
     Raises: ValueError for a pipeline of an unknown family.
     """
-    if isinstance(model, Model):
-        return model
-    if type(model).__name__ == "StableDiffusion3Pipeline":
-        return SD3(model)
+    return model if isinstance(model, Model) else family_of(type(model).__name__)(model)
+
+
+def family_of(pipeline: str) -> type[PipelineModel]:
+    """The adapter for a diffusers class by its name. Raises: ValueError where there is none."""
+    for family in FAMILIES:
+        if pipeline in family.pipelines:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.pipelines)
     raise ValueError(
-        f"no adapter for {type(model).__name__}; known: StableDiffusion3Pipeline. "
-        "Another one takes a subclass of flowalign.models.base.Model"
+        f"no adapter for {pipeline}; there are adapters for {known}. "
+        "Another one is a subclass of flowalign.models.PipelineModel"
     )

@@ -44,8 +44,18 @@ class Model(ABC):
         """The grid of `steps` steps, steps + 1 values, that the pipeline itself would sample on."""
 
     @abstractmethod
-    def network(self, latents: Latents, sigma: float, condition: Condition, negative: bool) -> Latents:
-        """One call of the network as a velocity in float32, told the prompt or, if `negative`, the negative prompt."""
+    def network(
+        self,
+        latents: Latents,
+        sigma: float,
+        condition: Condition,
+        negative: bool = False,
+        guidance_scale: float = 1.0,
+    ) -> Latents:
+        """One call of the network as a velocity in float32, told the prompt or, if `negative`, the negative prompt.
+
+        guidance_scale: for a network that is told it, and then guided by one call; others do not look at it.
+        """
 
     @abstractmethod
     def network_doubled(self, latents: Latents, sigma: float, condition: Condition) -> tuple[Latents, Latents]:
@@ -91,7 +101,7 @@ class Model(ABC):
         calls = self.calls(guidance_scale, sigma)
         self.meter.network(calls * len(latents))
         if calls == 1:
-            return self.network(latents, sigma, condition, negative=False)
+            return self.network(latents, sigma, condition, False, guidance_scale)
         return self.combine(*self.network_doubled(latents, sigma, condition), guidance_scale)
 
     def velocity_split(
@@ -108,10 +118,10 @@ class Model(ABC):
         ratio. Flow-GRPO's authors detach the unconditional half too; Flow-Factory does not (`unconditional_grad`).
         """
         self.meter.network(len(latents))
-        conditional = self.network(latents, sigma, condition, negative=False)
+        conditional = self.network(latents, sigma, condition, False, guidance_scale)
         if self.calls(guidance_scale, sigma) == 1:
             return conditional
         with torch.set_grad_enabled(unconditional_grad and torch.is_grad_enabled()):
             self.meter.network(len(latents))
-            unconditional = self.network(latents, sigma, condition, negative=True)
+            unconditional = self.network(latents, sigma, condition, True, guidance_scale)
         return self.combine(conditional, unconditional, guidance_scale)

@@ -50,7 +50,12 @@ class GaussianModel(Model):
         return list(self.grid)
 
     def network(
-        self, latents: Float[Tensor, b * d], sigma: float, condition: Condition, negative: bool
+        self,
+        latents: Float[Tensor, b * d],
+        sigma: float,
+        condition: Condition,
+        negative: bool = False,
+        guidance_scale: float = 1.0,
     ) -> Float[Tensor, b * d]:
         keep = 1 - sigma
         slope = (sigma - keep * self.variance) / (keep**2 * self.variance + sigma**2)

@@ -91,6 +91,7 @@ class PipelineModel(Model):
         self.negative_prompt, self.grid, self.prompts_per_call = negative_prompt, grid, prompts_per_call
         self.embeddings_limit = embeddings_gb * 1e9
         self._encoded: dict[str, Embedding] = {}  # those used last at the end
+        self.prepare()
         self.height, self.width = self._sized("height", height), self._sized("width", width)
         self.latent_shape = self.latents_of(self.height, self.width)
 
@@ -98,6 +99,9 @@ class PipelineModel(Model):
     def module(self) -> nn.Module:
         """The network that the policy is on."""
         return getattr(self.pipeline, self.network_name)  # type: ignore[no-any-return]
+
+    def prepare(self) -> None:
+        """What a family has to find out or refuse before anything is sized; nothing."""
 
     def _sized(self, name: str, asked: int | None) -> int:
         size, unit = asked or self.default_size(), self.size_unit()
@@ -126,9 +130,18 @@ class PipelineModel(Model):
 
     @abstractmethod
     def predict(
-        self, latents: Latents, sigma: float, embeds: Tensor, pooled: Tensor | None, mask: Tensor | None
+        self,
+        latents: Latents,
+        sigma: float,
+        embeds: Tensor,
+        pooled: Tensor | None,
+        mask: Tensor | None,
+        guidance_scale: float,
     ) -> Latents:
-        """One call of the network as a velocity; latents are float32, embeddings on the device in their own dtype."""
+        """One call of the network as a velocity; latents are float32, all on the device.
+
+        guidance_scale: for networks that are told it; others are guided from outside.
+        """
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """See `Model.encode`. Raises ValueError for a new prompt after `free_encoders`."""
@@ -137,10 +150,15 @@ class PipelineModel(Model):
         self._encoded |= {text: self._encoded.pop(text) for text in wanted}
         self._forget(len(wanted))
         told = [_stacked([self._encoded[text][i] for text in prompts], self.device) for i in range(3)]
-        negative = [one if one is None else one.to(self.device) for one in self._encoded[self.negative_prompt]]
-        apart = [one if one is None else one.expand(len(prompts), *one.shape) for one in negative]
+        apart = self.negative_of(self._encoded[self.negative_prompt])
+        negative = [one if one is None else one.to(self.device) for one in apart]
+        negative = [one if one is None else one.expand(len(prompts), *one.shape) for one in negative]
         assert told[0] is not None
-        return Condition(told[0], told[1], apart[0], apart[1], told[2], apart[2])
+        return Condition(told[0], told[1], negative[0], negative[1], told[2], negative[2])
+
+    def negative_of(self, row: Embedding) -> Embedding:
+        """What the unconditional call is told, from the embeddings of the negative prompt."""
+        return row
 
     @torch.no_grad()
     def _encode_missing(self, prompts: Sequence[str]) -> None:
@@ -199,8 +217,15 @@ class PipelineModel(Model):
             "the same sigmas, which takes more steps for the same detail: compare pictures with those of `sample`"
         )
 
-    def network(self, latents: Latents, sigma: float, condition: Condition, negative: bool) -> Latents:
-        return self._predict(latents, sigma, *_embeds(condition, negative))
+    def network(
+        self,
+        latents: Latents,
+        sigma: float,
+        condition: Condition,
+        negative: bool = False,
+        guidance_scale: float = 1.0,
+    ) -> Latents:
+        return self._predict(latents, sigma, *_embeds(condition, negative), guidance_scale)
 
     def network_doubled(self, latents: Latents, sigma: float, condition: Condition) -> tuple[Latents, Latents]:
         (negative, *others), (positive, *kinds) = _embeds(condition, True), _embeds(condition, False)
@@ -209,15 +234,22 @@ class PipelineModel(Model):
             for one, other in zip(others, kinds, strict=True)
         )
         told = torch.cat([negative, positive]), pooled, mask
-        unconditional, conditional = self._predict(torch.cat([latents, latents]), sigma, *told).chunk(2)
+        unconditional, conditional = self._predict(torch.cat([latents, latents]), sigma, *told, 1.0).chunk(2)
         return conditional, unconditional
 
     def _predict(
-        self, latents: Latents, sigma: float, embeds: Tensor, pooled: Tensor | None, mask: Tensor | None
+        self,
+        latents: Latents,
+        sigma: float,
+        embeds: Tensor,
+        pooled: Tensor | None,
+        mask: Tensor | None,
+        guidance_scale: float,
     ) -> Latents:
         pooled, mask = (None if one is None else one.to(self.device) for one in (pooled, mask))
+        latents, embeds = latents.to(self.device), embeds.to(self.device)
         with _autocast(self.device, self._autocast):
-            return self.predict(latents.to(self.device), sigma, embeds.to(self.device), pooled, mask).float()
+            return self.predict(latents, sigma, embeds, pooled, mask, guidance_scale).float()
 
     def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
         with _autocast(self.device, self._decode_autocast):

@@ -51,7 +51,13 @@ class SD3(PipelineModel):
         return embeds, pooled
 
     def predict(
-        self, latents: Latents, sigma: float, embeds: Tensor, pooled: Tensor | None, mask: Tensor | None
+        self,
+        latents: Latents,
+        sigma: float,
+        embeds: Tensor,
+        pooled: Tensor | None,
+        mask: Tensor | None,
+        guidance_scale: float,
     ) -> Latents:
         if pooled is None:
             raise ValueError("this condition was not encoded by a Stable Diffusion 3 model: it lacks embeddings")

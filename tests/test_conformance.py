@@ -1,0 +1,153 @@
+"""Every family over a tiny random pipeline of its real classes: our loop must be the pipeline's own."""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowalign.models import SD3, PipelineModel, as_model
+from flowalign.rollout import Policy, replay, rollout
+from flowalign.schedules import AllSteps, Path
+from flowalign.transitions import ODE, FlowSDE
+from tests.families import CASES, Case
+from tests.tiny import randomise_policy
+
+PROMPTS = ["a red circle", "two blue squares"]
+each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def adapted(case: Case, **more: Any) -> PipelineModel:
+    return case.adapt(case.make(), **case.options, **more)  # type: ignore[arg-type]
+
+
+def noise(model: PipelineModel, rows: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sampled(case: Case, model: PipelineModel, start: Tensor, guidance: float = 1.0) -> Tensor:
+    path = Path((ODE(),) * case.steps)
+    return rollout(model, model.encode(PROMPTS), start, model.sigmas(case.steps), path, Policy(guidance)).latents
+
+
+def assert_same(case: Case, ours: Tensor, theirs: Tensor) -> None:
+    """To the case's tolerance in units of the largest latent, to which rounding is relative: random eps models make
+    latents of up to 70, trained ones of 4."""
+    torch.testing.assert_close(ours, theirs, atol=case.tolerance * max(1.0, float(theirs.abs().max())), rtol=0)
+
+
+def by_pipeline(case: Case, pipe: Any, model: PipelineModel, start: Tensor, guidance: float, output: str) -> Tensor:
+    asked = {"num_inference_steps": case.steps, case.scale_name: guidance, "output_type": output}
+    made = pipe(
+        PROMPTS, latents=case.packed(model, start.clone()), height=model.height, width=model.width,
+        **asked, **case.options, **case.calls,
+    )  # fmt: skip
+    return made[0]
+
+
+@each
+def test_ode_rollout_is_the_pipeline(case: Case) -> None:
+    for size in case.sizes:
+        for guidance in (1.0, case.guided):
+            model = adapted(case, **size)
+            start = noise(model)
+            ours = sampled(case, model, start, guidance)
+            theirs = by_pipeline(case, case.make(), model, start, guidance, "latent")
+            assert (ours - start).abs().max() > 0.1
+            assert_same(case, case.packed(model, ours), theirs)
+            shown = by_pipeline(case, case.make(), model, start, guidance, "pt")
+            assert_same(case, model.decode(ours), shown)
+
+
+@each
+def test_guidance_and_prompts_count(case: Case) -> None:
+    model = adapted(case)
+    start = noise(model)[:1].expand(2, *model.latent_shape)
+    plain, guided = sampled(case, model, start), sampled(case, model, start, case.guided)
+    assert (plain[0] - plain[1]).abs().max() > 1e-4
+    assert (plain - guided).abs().max() > 1e-4
+
+
+@each
+def test_first_ratio_is_exactly_one(case: Case) -> None:
+    """Same calls, same shapes: the replay's log-probs are the rollout's, bit for bit, with gradient on."""
+    model = adapted(case)
+    randomise_policy(model)
+    steps = max(case.steps, 2)
+    path, sigmas, policy = AllSteps(FlowSDE(0.7)).resolve(steps, 0, 0), model.sigmas(steps), Policy(case.guided)
+    condition = model.encode(PROMPTS)
+    made = rollout(model, condition, noise(model), sigmas, path, policy, lambda i: noise(model, 2, i))
+    assert made.steps
+    for step in made.steps:
+        again = replay(model, step, path.transitions[step.interval.index], condition, policy)
+        assert again.log_probs.requires_grad
+        assert (again.log_probs - step.log_probs).exp().sub(1).abs().max() == 0
+
+
+@each
+def test_gradients_flow_from_pixels_to_the_policy(case: Case) -> None:
+    model = adapted(case)
+    randomise_policy(model)
+    condition, latents = model.encode(PROMPTS), noise(model)
+    sigma = model.sigmas(max(case.steps, 2))[1]
+    velocity = model.velocity(latents, sigma, condition, case.guided)
+    pixels = model.decode(model.finish(latents - sigma * velocity, 0.0))
+    assert pixels.shape[-2:] == (model.height, model.width)
+    assert (pixels >= 0).all()
+    assert (pixels <= 1).all()
+    parameters = model.trainable()
+    assert len({name.split(".lora_")[0] for name in parameters}) >= 4
+    slopes = torch.autograd.grad(pixels.square().sum(), [*parameters.values()])
+    without = {name for name, slope in zip(parameters, slopes, strict=True) if not slope.abs().max() > 0}
+    assert {name.split(".lora_")[0] for name in without} == {*case.unused}
+
+
+@each
+def test_the_policy_loads_in_plain_diffusers(case: Case, tmp_path: FilePath) -> None:
+    model = adapted(case)
+    randomise_policy(model)
+    start = noise(model)
+    ours = sampled(case, model, start, case.guided)
+    model.save(tmp_path)
+    pipe: Any = case.make()
+    pipe.load_lora_weights(tmp_path)
+    theirs = by_pipeline(case, pipe, model, start, case.guided, "latent")
+    assert_same(case, case.packed(model, ours), theirs)
+    with model.reference():
+        base = sampled(case, model, start, case.guided)
+    expected = sampled(case, adapted(case), start, case.guided)
+    assert torch.equal(base, expected)
+    assert (base - ours).abs().max() > 1e-3
+
+
+@each
+def test_prompts_are_encoded_once_and_encoders_can_go(case: Case) -> None:
+    model = adapted(case)
+    calls: list[str] = []
+    model.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append("call"))
+    first = model.encode([*PROMPTS, PROMPTS[0]])
+    known = len(calls)
+    assert known >= 1
+    model.encode(PROMPTS)
+    assert len(calls) == known
+    alone = adapted(case).encode(PROMPTS[1:])
+    assert torch.equal(alone.prompt_embeds[0], first.prompt_embeds[1])
+    model.free_encoders()
+    assert torch.equal(model.encode(PROMPTS[1:]).prompt_embeds[0], first.prompt_embeds[1])
+    with pytest.raises(ValueError, match="'a green cross' was not encoded"):
+        model.encode(["a green cross"])
+
+
+@each
+def test_the_family_is_found_by_its_pipeline(case: Case) -> None:
+    assert type(as_model(case.make())) is case.adapt
+
+
+def test_an_unknown_pipeline_is_told_what_is_missing() -> None:
+    with pytest.raises(ValueError, match=r"no adapter for dict; .* subclass of flowalign\.models\.PipelineModel"):
+        as_model({})
+    with pytest.raises(ValueError, match="is a StableDiffusionPipeline, not a StableDiffusion3Pipeline"):
+        SD3(CASES[1].make())
