@@ -111,7 +111,9 @@ def test_what_no_flow_can_do_is_refused_and_what_differs_is_told() -> None:
     with pytest.raises(ValueError, match="grid is for flow-matching models"):
         StableDiffusion(tiny_sd(ddim())(), grid=linear)
     assert StableDiffusion(tiny_sd(ddim())()).scheduler_note() is None
-    shipped = StableDiffusion(tiny_sd(PNDMScheduler(skip_prk_steps=True, steps_offset=1, **ALPHAS))())
+    shipped = StableDiffusion(
+        tiny_sd(PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, **ALPHAS))()
+    )
     assert "ships PNDMScheduler, of higher order" in str(shipped.scheduler_note())
     assert shipped.sigmas(20) == StableDiffusion(tiny_sd(ddim())()).sigmas(20)
     assert StableDiffusionXL(tiny_sdxl(euler(**TURBO))()).scheduler_note() is None
