@@ -15,9 +15,12 @@ from rewards.algebra import (
     WorstCase,
 )
 from rewards.base import Card, Minimum, Product, Reward, WeightedSum
+from rewards.chat import Chat, Endpoint
 from rewards.clip import CLIPScore
 from rewards.ctc import CTCText
+from rewards.dynamics import DynamicDegree, FlowDynamics
 from rewards.expression import parse_reward
+from rewards.face import FaceIdentity
 from rewards.frames import OnFrames
 from rewards.geneval import GenEval
 from rewards.goal import GoalBaselineCLIP
@@ -26,8 +29,11 @@ from rewards.hps import HPSv2
 from rewards.hpsv3 import HPSv3
 from rewards.image_reward import ImageReward
 from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
-from rewards.judge import Endpoint, Judge, PairJudge
+from rewards.judge import Judge, PairJudge
 from rewards.judges import QualityLevels, SoftTIFA, UnifiedReward, UnifiedRewardThink, VQAScore
+from rewards.local_vlm import LocalVLM
+from rewards.mps import MPS
+from rewards.mtcnn import MTCNN
 from rewards.ocr import OCR
 from rewards.openclip import OpenCLIPScore
 from rewards.pickscore import PickScore
@@ -40,9 +46,12 @@ from rewards.siglip import SigLIPScore
 from rewards.subject import CLIPImageScore, DINOScore, DINOv2Score
 from rewards.temporal import BackgroundConsistency, FrameDynamics, SubjectConsistency, TemporalFlickering
 from rewards.video_reward import VideoReward
+from rewards.vision_reward import VisionReward, VisionRewardVideo
 
 __all__ = [
     "MMD",
+    "MPS",
+    "MTCNN",
     "OCR",
     "PAR",
     "Aesthetic",
@@ -53,10 +62,14 @@ __all__ = [
     "CLIPScore",
     "CTCText",
     "Card",
+    "Chat",
     "Clip",
     "DINOScore",
     "DINOv2Score",
+    "DynamicDegree",
     "Endpoint",
+    "FaceIdentity",
+    "FlowDynamics",
     "FrameDynamics",
     "FrechetDistance",
     "Gate",
@@ -72,6 +85,7 @@ __all__ = [
     "Judge",
     "LambdaHarmonic",
     "LearntReward",
+    "LocalVLM",
     "LogSigmoid",
     "Mean",
     "MeanMinusStd",
@@ -102,6 +116,8 @@ __all__ = [
     "VQAScore",
     "VendiScore",
     "VideoReward",
+    "VisionReward",
+    "VisionRewardVideo",
     "WeightedSum",
     "WinRate",
     "WorstCase",

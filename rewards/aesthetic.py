@@ -17,7 +17,7 @@ from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, simple_scores
 from rewards.clip import load_clip_model, load_pretrained, local_name, preprocessing, preprocessor_config
 from rewards.siglip import square_preprocessing
-from rewards.towers import PictureTower, check_names, read_weights, weights_file
+from rewards.towers import Dtype, PictureTower, check_names, read_weights, weights_file
 
 
 class LinearHead(PictureTower):
@@ -32,8 +32,10 @@ class LinearHead(PictureTower):
         prepare: Callable[[Tensor], Tensor],
         device: str | None,
         batch_size: int,
+        dtype: Dtype,
+        offload: bool,
     ) -> None:
-        super().__init__(model, device, batch_size)
+        super().__init__(model, device, batch_size, dtype, offload)
         if len(weight) != width:
             raise ValueError(
                 f"the head of {type(self).__name__} takes {len(weight)} numbers, the model's embeddings have {width}"
@@ -59,6 +61,8 @@ class Aesthetic(LinearHead):
             has it as "aesthetic-model.pth", as TRL's has. It is under Apache-2.0.
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError where model or head are not there, or are something else.
     """
@@ -72,13 +76,16 @@ class Aesthetic(LinearHead):
         head: str = "trl-lib/ddpo-aesthetic-predictor",
         device: str | None = None,
         batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         weight, bias = read_head(weights_file(head, "aesthetic-model.pth"), "layers", (0, 2, 4, 6, 7))
         network = load_clip_model(model, "Aesthetic")
         network.text_model = nn.Identity()  # 123 million weights that nobody asks
         config = preprocessor_config(local_name(model))
         prepare = preprocessing(model, config, int(network.config.vision_config.image_size))
-        super().__init__(network, weight, bias, network.config.projection_dim, prepare, device, batch_size)
+        width = network.config.projection_dim
+        super().__init__(network, weight, bias, width, prepare, device, batch_size, dtype, offload)
 
     def picture_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         return self.model.get_image_features(pixel_values=self.prepare(pixels)).pooler_output
@@ -95,6 +102,8 @@ class AestheticV25(LinearHead):
         model: a folder or hub id of the SiglipModel that the head belongs to (Apache-2.0).
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError where model or head are not there, or are something else.
     """
@@ -108,6 +117,8 @@ class AestheticV25(LinearHead):
         model: str = "google/siglip-so400m-patch14-384",
         device: str | None = None,
         batch_size: int = 16,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         from transformers import SiglipVisionModel
 
@@ -115,7 +126,8 @@ class AestheticV25(LinearHead):
         network = load_pretrained(SiglipVisionModel, "siglip", model, "AestheticV25")
         config = preprocessor_config(local_name(model))
         prepare = square_preprocessing(model, config, int(network.config.image_size))
-        super().__init__(network, weight, bias, network.config.hidden_size, prepare, device, batch_size)
+        width = network.config.hidden_size
+        super().__init__(network, weight, bias, width, prepare, device, batch_size, dtype, offload)
 
     def picture_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         return self.model(pixel_values=self.prepare(pixels)).pooler_output

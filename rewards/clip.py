@@ -12,14 +12,14 @@ from torch import Tensor
 
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, simple_scores
-from rewards.pixels import CLIP_MEAN, CLIP_STD, Preprocessing
-from rewards.towers import TwoTowers
+from rewards.pixels import BICUBIC, BILINEAR, CLIP_MEAN, CLIP_STD, Kernel, Preprocessing
+from rewards.towers import Dtype, TwoTowers
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
 
 SHAPES = "shapes"
-BICUBIC = 3  # PIL's number for the filter, as in preprocessor_config.json
+KERNELS = {2: BILINEAR, 3: BICUBIC}  # by PIL's number, as in preprocessor_config.json
 
 
 class CLIPTowers(TwoTowers):
@@ -35,8 +35,10 @@ class CLIPTowers(TwoTowers):
         prepare: Callable[[Tensor], Tensor],
         device: str | None,
         batch_size: int,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
-        super().__init__(model, device, batch_size)
+        super().__init__(model, device, batch_size, dtype, offload)
         self.tokenizer, self.prepare = tokenizer, prepare
 
     def picture_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -67,6 +69,8 @@ class CLIPScore(CLIPTowers):
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures, or prompts, that pass through the model at once.
         processor: a folder or hub id of the tokenizer and the preprocessor_config.json, where they are not the model's.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError where the model is none, lacks weights or tokenizer, or prepares pictures in another way.
     """
@@ -81,10 +85,12 @@ class CLIPScore(CLIPTowers):
         device: str | None = None,
         batch_size: int = 32,
         processor: str | None = None,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         loaded, tokenizer, config = load_clip(model, processor or model)
         prepare = preprocessing(model, config, int(loaded.config.vision_config.image_size))
-        super().__init__(loaded, tokenizer, prepare, device, batch_size)
+        super().__init__(loaded, tokenizer, prepare, device, batch_size, dtype, offload)
         self.prefix = prefix
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
@@ -181,15 +187,24 @@ def preprocessor_config(folder: str) -> dict[str, Any]:
 
 
 def preprocessing(name: str, config: dict[str, Any], image_size: int) -> Preprocessing:
-    """What the config says, as far as it is CLIP's way: bicubic to the shortest side, centre crop, normalised."""
+    """What the config says, as far as it is CLIP's way: a resize of the shortest side, the middle, normalised."""
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     size, crop = _shortest(config.get("size", image_size)), _side(config.get("crop_size", image_size))
     if size is None or crop is None or not all(config.get(step, True) for step in steps):
         raise ValueError(f"{name} does not resize the shortest side and crop the middle, as CLIP does: {config}")
-    if config.get("resample", BICUBIC) != BICUBIC:
-        raise ValueError(f"{name} resizes with PIL's filter {config['resample']}, CLIPScore only with bicubic (3)")
     mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
-    return Preprocessing(size, crop, tuple(map(float, mean)), tuple(map(float, std)))
+    return Preprocessing(size, crop, tuple(map(float, mean)), tuple(map(float, std)), resize_kernel(name, config))
+
+
+def resize_kernel(name: str, config: dict[str, Any]) -> Kernel:
+    """The kernel of the config's "resample", bicubic where it does not say.
+
+    Raises: ValueError for one that is neither bilinear nor bicubic.
+    """
+    number = config.get("resample", 3)
+    if number not in KERNELS:
+        raise ValueError(f"{name} resizes with PIL's filter {number}; known are bilinear (2) and bicubic (3)")
+    return KERNELS[number]
 
 
 def _shortest(size: int | dict[str, int | None]) -> int | None:

@@ -47,6 +47,7 @@ REWARDS: dict[str, str] = {
     "imagereward": "rewards.image_reward.ImageReward",
     "jpeg": "rewards.jpeg.JPEGCompressibility",
     "jpeg_incompressibility": "rewards.jpeg.JPEGIncompressibility",
+    "mps": "rewards.mps.MPS",
     "ocr": "rewards.ocr.OCR",
     "pickscore": "rewards.pickscore.PickScore",
     "shapes": "rewards.shapes.ShapesVerifier",

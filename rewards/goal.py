@@ -9,6 +9,7 @@ from torch import Tensor
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import simple_scores
 from rewards.clip import CLIPScore
+from rewards.towers import Dtype
 
 
 class GoalBaselineCLIP(CLIPScore):
@@ -27,6 +28,8 @@ class GoalBaselineCLIP(CLIPScore):
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures, or texts, that pass through the model at once.
         processor: as in `CLIPScore`.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError as `CLIPScore` does, for alpha outside [0, 1], and for a "baseline" that is no text.
     """
@@ -42,10 +45,12 @@ class GoalBaselineCLIP(CLIPScore):
         device: str | None = None,
         batch_size: int = 32,
         processor: str | None = None,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        super().__init__(model, prefix, device, batch_size, processor)
+        super().__init__(model, prefix, device, batch_size, processor, dtype, offload)
         self.baseline, self.alpha = baseline, float(alpha)
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
@@ -53,14 +58,15 @@ class GoalBaselineCLIP(CLIPScore):
         wrong = [baseline for baseline in baselines if not isinstance(baseline, str)]
         if wrong:
             raise ValueError(f"a prompt's 'baseline' must be a text, got {wrong[0]!r}")
-        images = self.embed_media(media)
-        with torch.autocast(images.device.type, enabled=False):
+        device = self.place(media)
+
+        def rate() -> Float[Tensor, " b"]:
             goals, starts = (
-                self.embed_texts([self.prefix + text for text in texts], images.device)
-                for texts in (prompts.text, baselines)
+                self.embed_texts([self.prefix + text for text in texts], device) for texts in (prompts.text, baselines)
             )
-            total = goal_baseline(images, goals, starts, self.alpha)
-        return simple_scores(self.name, total.to(media.pixels.device))
+            return goal_baseline(self.embed_media(media), goals, starts, self.alpha)
+
+        return simple_scores(self.name, self.network.run(device, rate).to(media.pixels.device))
 
 
 def goal_baseline(

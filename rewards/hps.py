@@ -19,7 +19,7 @@ from rewards.base import Card
 from rewards.clip import CLIPTowers, load_tokenizer, local_name
 from rewards.clip_weights import load_open_clip
 from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise, to_eight_bit
-from rewards.towers import read_weights, weights_file
+from rewards.towers import Dtype, read_weights, weights_file
 
 FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
 HEADS = 16  # of both towers of ViT-H/14
@@ -69,6 +69,8 @@ class HPSv2(CLIPTowers):
         antialias: of the resize; see `LongestSide`.
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures, or prompts, that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError where the weights are not there, or not those of such a model.
     """
@@ -83,6 +85,8 @@ class HPSv2(CLIPTowers):
         antialias: bool = True,
         device: str | None = None,
         batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         if version not in FILES:
             raise ValueError(f"version must be '2.1' or '2.0', got {version!r}")
@@ -92,7 +96,7 @@ class HPSv2(CLIPTowers):
             words = network.config.text_config.vocab_size
             raise ValueError(f"{processor} has a vocabulary of {len(tokenizer)}, the weights {path} one of {words}")
         prepare = LongestSide(int(network.config.vision_config.image_size), antialias)
-        super().__init__(network, tokenizer, prepare, device, batch_size)
+        super().__init__(network, tokenizer, prepare, device, batch_size, dtype, offload)
         usual = (0.15, 0.35) if version == "2.1" else (0.23, 0.29)
         self.card = Card(f"xswu/HPSv2 {FILES[version]}", "Apache-2.0", usual)
 

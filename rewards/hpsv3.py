@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowalign.records import Media, Prompts, Scores
-from rewards.base import Card, Reward, simple_scores
+from rewards.base import Card, simple_scores
 from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise, pictures, resize
 from rewards.qwen2vl import PICTURE, Qwen2VLScorer, embedding_rows, load_base, read_template, smart_resize
-from rewards.towers import read_weights, weights_file
+from rewards.qwen2vl_reward import Qwen2VLReward, check_settings
+from rewards.towers import Dtype, read_weights, weights_file
 
 MARK = "<|Reward|>"
 FILE = "HPSv3.safetensors"
@@ -20,7 +19,7 @@ PIXELS = 256 * 28 * 28
 TEMPLATE = "What was asked for: {prompt}\nHow good this picture is: <|Reward|>\n\nEND\n"
 
 
-class HPSv3(Reward):
+class HPSv3(Qwen2VLReward):
     """mu of a normal distribution over how much people like the picture, about -5 to 15; differentiable to the pixels.
 
     The head gives mu and log sigma; sigma, the distribution's deviation, is a part. A difference of mu is a log-odds of
@@ -46,12 +45,12 @@ class HPSv3(Reward):
         min_pixels: of a picture, before rounding to multiples of 28.
         max_pixels: likewise.
         recompute: recompute activations in the backward pass, for less memory.
+        offload: keeps the model on the CPU between calls, see `rewards.towers.Network`; not with `recompute`.
 
     Raises: ValueError where weights, config or tokenizer cannot be had or do not fit; in a score for videos.
     """
 
     name = "hpsv3"
-    differentiable = True
     card = Card(f"MizzenAI/HPSv3, {FILE}", "MIT (the package's)", (-5.0, 15.0))
 
     def __init__(
@@ -61,41 +60,25 @@ class HPSv3(Reward):
         template: str | None = None,
         device: str | None = None,
         batch_size: int = 8,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        dtype: Dtype = "bfloat16",
         min_pixels: int = PIXELS,
         max_pixels: int = PIXELS,
         recompute: bool = False,
+        offload: bool = False,
     ) -> None:
-        if batch_size < 1 or not 0 < min_pixels <= max_pixels:
-            raise ValueError(
-                f"batch_size must be at least 1 and min_pixels at most max_pixels, "
-                f"got {batch_size}, {min_pixels}, {max_pixels}"
-            )
+        check_settings(batch_size, min_pixels, max_pixels, recompute, offload)
         text = read_template(template, TEMPLATE, (MARK,), type(self).__name__)
-        self.scorer = _load(model, base, text, getattr(torch, dtype))
-        if recompute:
-            self.scorer.recompute()
-        self.device, self.batch_size = device, batch_size
+        super().__init__(_load(model, base, text, getattr(torch, dtype)), device, batch_size, recompute, offload)
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
         pixels = pictures(media, type(self).__name__)
-        device = torch.device(self.device or pixels.device)
-        self.scorer.to(device)
-        with torch.autocast(device.type, enabled=False):
-            outputs = [
-                self.scorer(self.prepare(part.to(device))[:, None], prompts.text[start : start + self.batch_size])
-                for start, part in zip(
-                    range(0, len(pixels), self.batch_size), pixels.split(self.batch_size), strict=True
-                )
-            ]
-        mu, log_sigma = torch.cat(outputs)[:, 0].to(pixels.device).unbind(1)
+        mu, log_sigma = self.outputs(pixels[:, None], prompts.text)[:, 0].unbind(1)
         return simple_scores(self.name, mu, {"sigma": log_sigma.exp()})
 
-    def prepare(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 k l"]:
-        """Resized and normalised."""
-        size = smart_resize(pixels.shape[2], pixels.shape[3], self.min_pixels, self.max_pixels)
-        return normalise(resize(pixels, *size), CLIP_MEAN, CLIP_STD)
+    def prepare(self, frames: Float[Tensor, "b 1 3 h w"]) -> Float[Tensor, "b 1 3 k l"]:
+        size = smart_resize(frames.shape[3], frames.shape[4], self.min_pixels, self.max_pixels)
+        return normalise(resize(frames[:, 0], *size), CLIP_MEAN, CLIP_STD)[:, None]
 
 
 def head(width: int) -> nn.Sequential:

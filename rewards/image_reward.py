@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward, simple_scores
 from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise, pictures, resize_shortest, rounded_center_crop
-from rewards.towers import check_names, read_weights, weights_file
+from rewards.towers import Dtype, Network, check_names, frozen, read_weights, weights_file
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
@@ -69,6 +69,8 @@ class ImageReward(Reward):
         tokenizer: a folder or hub id of BERT's uncased tokenizer.
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures that pass through the model at once.
+        dtype: of the model; the head and the rest are float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError where weights, config or tokenizer are not there, or are not ImageReward's.
     """
@@ -83,10 +85,16 @@ class ImageReward(Reward):
         tokenizer: str = "bert-base-uncased",
         device: str | None = None,
         batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.tower = load_tower(model).float().eval().requires_grad_(False)
+        self.tower = load_tower(model)
+        frozen(self.tower)
+        for part in (self.tower.vision_model, self.tower.text_encoder):
+            frozen(part, dtype)
+        self.network = Network(self.tower, offload)
         self.tokenizer = _load_tokenizer(tokenizer, int(self.tower.text_encoder.config.vocab_size))
         self.device, self.batch_size = device, batch_size
         self.cut: set[str] = set()
@@ -94,12 +102,13 @@ class ImageReward(Reward):
     def score(self, media: Media, prompts: Prompts) -> Scores:
         pixels = pictures(media, "ImageReward")
         device = torch.device(self.device or pixels.device)
-        self.tower.to(device)
         ids, mask = (tokens.to(device) for tokens in self.tokens(prompts.text))
-        parts = (part.split(self.batch_size) for part in (pixels.to(device), ids, mask))
-        with torch.autocast(device.type, enabled=False):  # bfloat16 scores are coarser than what sets a group apart
-            total = torch.cat([self.tower(self.prepare(few), *text) for few, *text in zip(*parts, strict=True)])
-        return simple_scores(self.name, total.to(pixels.device))
+        parts = [part.split(self.batch_size) for part in (pixels.to(device), ids, mask)]
+
+        def rate() -> Float[Tensor, " b"]:
+            return torch.cat([self.tower(self.prepare(few), *text) for few, *text in zip(*parts, strict=True)])
+
+        return simple_scores(self.name, self.network.run(device, rate).to(pixels.device))
 
     def prepare(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 k k"]:
         """The network's input for pictures in [0, 1]."""
@@ -148,7 +157,8 @@ class Tower(nn.Module):
         read = self.text_encoder(
             input_ids=ids, attention_mask=mask, encoder_hidden_states=patches, encoder_attention_mask=seen
         )
-        return (self.head(read.last_hidden_state[:, 0]).squeeze(1) - MEAN) / STD
+        state = read.last_hidden_state[:, 0].to(next(self.head.parameters()).dtype)
+        return (self.head(state).squeeze(1) - MEAN) / STD
 
 
 def load_tower(name: str) -> Tower:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewards.base import Card
-from rewards.judge import Endpoint, Judge, PairJudge, Parse
+from rewards.chat import Chat, Endpoint
+from rewards.judge import Judge, PairJudge, Parse
 from rewards.verdicts import answer_probability, levels_expectation, pair_winner, regex_score, yes_no_log_odds
 
 VQA = 'Does this picture show "{prompt}"? Please answer Yes or No.'
@@ -35,22 +36,23 @@ class VQAScore(Judge):
     """log P(yes) - log P(no) to the question whether a picture shows the prompt; any sign, higher is better.
 
     VQAScore (arXiv:2404.01291) is P(yes), which hardly moves where a model is sure. One token is asked for, so that a
-    model that thinks first has to be told not to, in the endpoint's options.
+    model that thinks first has to be told not to, in the endpoint's or the local model's options. A local model lists
+    every spelling of yes and no, so that there the odds are exact.
     """
 
     tokens = 1
 
-    def __init__(self, endpoint: Endpoint, template: str = VQA, name: str = "vqa_score") -> None:
+    def __init__(self, endpoint: Endpoint | Chat, template: str = VQA, name: str = "vqa_score") -> None:
         super().__init__(endpoint, template, yes_no_log_odds, name)
 
 
 class QualityLevels(Judge):
     """The expected level of quality, 1 (bad) to 5 (excellent), as Q-Align (arXiv:2312.17090) and DeQA-Score have it."""
 
-    card = Card(weights="of the endpoint", licence="that of the served model", usual=(1, 5), modality="any")
+    card = Card(weights="of who is asked", licence="that of the model", usual=(1, 5), modality="any")
     tokens = 1
 
-    def __init__(self, endpoint: Endpoint, template: str = QUALITY, name: str = "quality_levels") -> None:
+    def __init__(self, endpoint: Endpoint | Chat, template: str = QUALITY, name: str = "quality_levels") -> None:
         super().__init__(endpoint, template, levels_expectation, name)
 
 
@@ -66,7 +68,7 @@ class UnifiedReward(Judge):
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: Endpoint | Chat,
         template: str = POINT,
         pattern: str = r"Final Score:\s*([0-9]+(?:\.[0-9]+)?)",
         name: str = "unified_reward",
@@ -80,7 +82,7 @@ class UnifiedRewardThink(PairJudge):
     card = Card(weights="CodeGoat24/UnifiedReward-Think-*", licence="MIT", usual=(0, 1), modality="any", scope="group")
 
     def __init__(
-        self, endpoint: Endpoint, template: str = PAIR, opponents: int = 0, name: str = "unified_reward_think"
+        self, endpoint: Endpoint | Chat, template: str = PAIR, opponents: int = 0, name: str = "unified_reward_think"
     ) -> None:
         super().__init__(endpoint, template, pair_winner, opponents, name)
 
@@ -91,7 +93,7 @@ class SoftTIFA(Judge):
     The questions are the prompt's metadata["vqa_list"], [[question, answer], ...], as in GenEval 2's data; an answer
     may be a list of spellings. Parts: "soft_tifa_am", the arithmetic mean, which is for single facts, and
     "soft_tifa_gm", the geometric, which is for whole prompts: one missing fact brings it down. A probability below
-    1e-6, or of a word that is not among the endpoint's alternatives, counts as 1e-6 in the latter.
+    1e-6, or of a word that is not among the alternatives, counts as 1e-6 in the latter.
 
     Args:
         geometric: whether the score is the geometric mean.
@@ -99,12 +101,12 @@ class SoftTIFA(Judge):
     Raises: ValueError for a prompt without questions.
     """
 
-    card = Card(weights="of the endpoint", licence="that of the served model", usual=(0, 1), modality="any")
+    card = Card(weights="of who is asked", licence="that of the model", usual=(0, 1), modality="any")
     tokens = 1
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: Endpoint | Chat,
         template: str = "{question} Answer in one word.",
         geometric: bool = True,
         name: str = "soft_tifa",

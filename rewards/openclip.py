@@ -14,7 +14,7 @@ from torch import Tensor
 from rewards.base import Card
 from rewards.pixels import normalise, resize, resize_shortest
 from rewards.siglip import Squash
-from rewards.towers import TwoTowers
+from rewards.towers import Dtype, TwoTowers
 
 
 class OpenCLIPScore(TwoTowers):
@@ -31,6 +31,8 @@ class OpenCLIPScore(TwoTowers):
         prefix: put before every prompt.
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures, or prompts, that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError without open_clip, where it has no such model or weights, and for a resize that is not bicubic.
     """
@@ -45,15 +47,17 @@ class OpenCLIPScore(TwoTowers):
         prefix: str = "",
         device: str | None = None,
         batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         open_clip = _open_clip()
         network = _network(open_clip, model, pretrained)
-        super().__init__(network, device, batch_size)
+        super().__init__(network, device, batch_size, dtype, offload)
         self.prepare = preparation(open_clip.get_model_preprocess_cfg(network), f"{model} {pretrained}".strip())
         self.tokenizer, self.prefix = open_clip.get_tokenizer(model), prefix
 
     def picture_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        return self.model.encode_image(self.prepare(pixels))
+        return self.model.encode_image(self.prepare(pixels).to(self.dtype))
 
     def text_features(self, texts: list[str], device: torch.device) -> Float[Tensor, "b d"]:
         return self.model.encode_text(self.tokenizer([self.prefix + text for text in texts]).to(device))

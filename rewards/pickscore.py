@@ -5,6 +5,7 @@ from __future__ import annotations
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, simple_scores
 from rewards.clip import CLIPScore
+from rewards.towers import Dtype
 
 
 class PickScore(CLIPScore):
@@ -21,6 +22,8 @@ class PickScore(CLIPScore):
         processor: a folder or hub id of the tokenizer and the preprocessing, by default those that the authors use.
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures, or prompts, that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError as `CLIPScore` does.
     """
@@ -34,8 +37,10 @@ class PickScore(CLIPScore):
         processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         device: str | None = None,
         batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
-        super().__init__(model, device=device, batch_size=batch_size, processor=processor)
+        super().__init__(model, "", device, batch_size, processor, dtype, offload)
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
         cosine = super().score(media, prompts).total

@@ -6,7 +6,7 @@ passes through the rounding as if it were not there (straight-through), so that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +20,28 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP (github.com/
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as DINO's authors prepare pictures
 FRACTION_BITS = 22  # of PIL's 8-bit weights: 32 less 8 for the level and 2 for the sign and the overshoot
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A filter of PIL's resize: its weight at a distance in pixels, and the distance from which on that is 0."""
+
+    weight: Callable[[Tensor], Tensor]
+    support: float
+
+
+def _bicubic(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Keys' cubic kernel with a = -1/2 (IEEE ASSP 29(6), 1981), as PIL has it."""
+    x = x.abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return near.where(x < 1, far.where(x < 2, 0.0))
+
+
+def _bilinear(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return (1 - x.abs()).clamp(min=0)
+
+
+BICUBIC, BILINEAR = Kernel(_bicubic, 2.0), Kernel(_bilinear, 1.0)
 
 
 def pictures(media: Media, name: str) -> Float[Tensor, "b 3 h w"]:
@@ -47,12 +69,15 @@ def to_eight_bit(pixels: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return straight_through(pixels.clamp(0, 1).mul(255).round().div(255), pixels)
 
 
-def resize(pixels: Float[Tensor, "b 3 h w"], height: int, width: int) -> Float[Tensor, "b 3 k l"]:
-    """Bicubic resize, bit for bit what `PIL.Image.resize(..., BICUBIC)` makes of 8-bit pictures.
+def resize(
+    pixels: Float[Tensor, "b 3 h w"], height: int, width: int, kernel: Kernel = BICUBIC
+) -> Float[Tensor, "b 3 k l"]:
+    """Bit for bit what `PIL.Image.resize` makes of 8-bit pictures, bicubic or bilinear.
 
     Over the width, then over the height, rounded to 8 bit after each, with PIL's fixed-point weights. The gradient is
-    that of `F.interpolate(mode="bicubic", antialias=True)`. Since version 13 pillow goes over the height first where it
-    shrinks much more than the width (pull request 9549); here the order is the one that reward models were trained on.
+    that of `F.interpolate(antialias=True)` in the same mode. Since version 13 pillow goes over the height first where
+    it shrinks much more than the width (pull request 9549); here the order is the one that reward models were trained
+    on.
 
     Args:
         pixels: in [0, 1]; rounded to 8 bit first.
@@ -61,46 +86,39 @@ def resize(pixels: Float[Tensor, "b 3 h w"], height: int, width: int) -> Float[T
     levels = to_eight_bit(pixels.float()).to(exact).mul(255)
     levels = straight_through(levels.round(), levels)
     if width != pixels.shape[3]:
-        levels = _pass(levels, width)
+        levels = _pass(levels, width, kernel)
     if height != pixels.shape[2]:
-        levels = _pass(levels.mT, height).mT
+        levels = _pass(levels.mT, height, kernel).mT
     return (levels / 255).float()
 
 
-def _pass(levels: Float[Tensor, "b 3 n w"], size: int) -> Float[Tensor, "b 3 n size"]:
+def _pass(levels: Float[Tensor, "b 3 n w"], size: int, kernel: Kernel) -> Float[Tensor, "b 3 n size"]:
     """One axis in whole levels 0 ... 255; sums of integers below 2^53 are exact, and halves are rounded up."""
-    weights = _weights(levels.shape[3], size).to(levels.device, levels.dtype)
+    weights = _weights(levels.shape[3], size, kernel).to(levels.device, levels.dtype)
     summed = levels @ weights.T
     rounded = (summed + 2 ** (FRACTION_BITS - 1)).div(2**FRACTION_BITS).floor().clamp(0, 255)
     return straight_through(rounded, summed / 2**FRACTION_BITS)
 
 
 @lru_cache(maxsize=32)
-def _weights(size: int, new_size: int) -> Float[Tensor, "new_size size"]:
-    """Bicubic weights of each new pixel, times 2^22 and rounded to integers, as in PIL's src/libImaging/Resample.c."""
+def _weights(size: int, new_size: int, kernel: Kernel) -> Float[Tensor, "new_size size"]:
+    """Weights of each new pixel, times 2^22 and rounded to integers, as in PIL's src/libImaging/Resample.c."""
     scale = size / new_size
     stretch = max(scale, 1.0)  # the filter grows with the reduction: antialiasing
     center = (torch.arange(new_size, dtype=torch.float64)[:, None] + 0.5) * scale
-    first = (center - 2 * stretch + 0.5).trunc().clamp(min=0)
-    last = (center + 2 * stretch + 0.5).trunc().clamp(max=size)
+    first = (center - kernel.support * stretch + 0.5).trunc().clamp(min=0)
+    last = (center + kernel.support * stretch + 0.5).trunc().clamp(max=size)
     pixel = torch.arange(size, dtype=torch.float64)
-    weights = _bicubic((pixel - center + 0.5) * (1 / stretch)).where((pixel >= first) & (pixel < last), 0.0)
+    weights = kernel.weight((pixel - center + 0.5) * (1 / stretch)).where((pixel >= first) & (pixel < last), 0.0)
     weights = weights / weights.sum(1, keepdim=True) * 2**FRACTION_BITS
     return (weights.abs() + 0.5).floor() * weights.sign()
 
 
-def _bicubic(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Keys' cubic kernel with a = -1/2 (IEEE ASSP 29(6), 1981), as PIL has it."""
-    x = x.abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return near.where(x < 1, far.where(x < 2, 0.0))
-
-
-def resize_shortest(pixels: Float[Tensor, "b 3 h w"], size: int) -> Float[Tensor, "b 3 k l"]:
+def resize_shortest(pixels: Float[Tensor, "b 3 h w"], size: int, kernel: Kernel = BICUBIC) -> Float[Tensor, "b 3 k l"]:
     """`resize` of the shortest side to `size` pixels; the other side keeps the aspect, rounded down."""
     height, width = pixels.shape[2:]
     shortest = min(height, width)
-    return resize(pixels, int(size * height / shortest), int(size * width / shortest))
+    return resize(pixels, int(size * height / shortest), int(size * width / shortest), kernel)
 
 
 def center_crop(pixels: Float[Tensor, "b 3 h w"], size: int) -> Float[Tensor, "b 3 size size"]:
@@ -143,7 +161,8 @@ class Preprocessing:
     crop: int
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    kernel: Kernel = BICUBIC
 
     def __call__(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 k k"]:
         """The network's input for pictures in [0, 1]; differentiable."""
-        return normalise(center_crop(resize_shortest(pixels, self.size), self.crop), self.mean, self.std)
+        return normalise(center_crop(resize_shortest(pixels, self.size, self.kernel), self.crop), self.mean, self.std)

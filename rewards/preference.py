@@ -21,7 +21,7 @@ from flowalign.records import Media, Prompts, Scores
 from flowalign.tracking import json_lines, write_atomically
 from rewards.base import Card, simple_scores
 from rewards.clip import CLIPTowers, load_clip, preprocessing
-from rewards.towers import check_names, read_weights
+from rewards.towers import Dtype, check_names, read_weights
 
 SETTINGS, WEIGHTS = "reward.json", "reward.safetensors"
 Label = Literal["first", "second", "tie"]
@@ -76,6 +76,8 @@ class LearntReward(CLIPTowers):
         scale: the untrained reward is scale * cos(picture, prompt).
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures, or prompts, that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`. Another one is not for training.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`. Not for training either.
 
     Raises: ValueError as `CLIPScore` does, and for a head that does not belong to the model.
     """
@@ -84,20 +86,30 @@ class LearntReward(CLIPTowers):
     card = Card("what was trained: a folder", "that of its CLIPModel and of its preferences")
 
     def __init__(
-        self, model: str, hidden: int = 0, scale: float = 10.0, device: str | None = None, batch_size: int = 32
+        self,
+        model: str,
+        hidden: int = 0,
+        scale: float = 10.0,
+        device: str | None = None,
+        batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         loaded, tokenizer, self.config = load_clip(model, model)
         prepare = preprocessing(model, self.config, int(loaded.config.vision_config.image_size))
-        super().__init__(loaded, tokenizer, prepare, device, batch_size)
+        super().__init__(loaded, tokenizer, prepare, device, batch_size, dtype, offload)
         width, folder = int(loaded.config.projection_dim), Path(model).expanduser()
         saved = (folder / SETTINGS).is_file() or (folder / WEIGHTS).is_file()
         self.head = load_head(folder, width) if saved else PreferenceHead(width, hidden, scale)
         self.head.requires_grad_(False)
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
-        images = self.embed_media(media)
-        texts = self.embed_texts(list(prompts.text), images.device)
-        return simple_scores(self.name, self.judge(images, texts).to(media.pixels.device))
+        device = self.place(media)
+
+        def rate() -> Float[Tensor, " b"]:
+            return self.judge(self.embed_media(media), self.embed_texts(list(prompts.text), device))
+
+        return simple_scores(self.name, self.network.run(device, rate).to(media.pixels.device))
 
     def judge(self, images: Float[Tensor, "b d"], texts: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
         """Scores of unit embeddings, in float32, on their device."""
@@ -110,7 +122,11 @@ class LearntReward(CLIPTowers):
             return F.normalize(self.text_features(texts, device).float(), dim=1)
 
     def train_on(self, full: bool) -> dict[str, nn.Parameter]:
-        """From now on the weights of the head, and if `full` those of the model, carry gradients; these are they."""
+        """From now on the weights of the head, and if `full` those of the model, carry gradients; these are they.
+
+        Raises: ValueError for a reward in another dtype than float32, and for an offloaded one.
+        """
+        self._check_whole("trained")
         self.head.requires_grad_(True)
         self.model.requires_grad_(full)
         if full:
@@ -128,10 +144,11 @@ class LearntReward(CLIPTowers):
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and head, as safetensors and JSON, for `LearntReward(folder)`.
 
-        Raises: ValueError for a folder that holds something.
+        Raises: ValueError for a folder that holds something, and as `train_on` does.
         """
         from safetensors.torch import save
 
+        self._check_whole("saved")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is in use; save the reward into another folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +160,10 @@ class LearntReward(CLIPTowers):
         write_atomically(folder / WEIGHTS, save(state))
         settings = {"width": self.head.width, "hidden": self.head.hidden}
         write_atomically(folder / SETTINGS, json_lines([settings]))
+
+    def _check_whole(self, what: str) -> None:
+        if self.dtype != torch.float32 or self.network.offload:
+            raise ValueError(f"a reward is {what} in float32 and without offload: load it with neither")
 
 
 def load_head(folder: Path, width: int) -> PreferenceHead:

@@ -29,6 +29,7 @@ from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward, simple_scores
 from rewards.clip import CLIPScore
 from rewards.pixels import finite, pictures
+from rewards.towers import Dtype
 
 Embedder: TypeAlias = Callable[[Tensor], Tensor]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -43,18 +44,25 @@ class CLIPEmbedder:
         model: a folder or hub id of a transformers CLIPModel with its tokenizer, or "shapes", the embedded one.
             openai/clip-vit-large-patch14-336 is CMMD's; OpenAI's weights are under the MIT licence.
         device: where the model stays; by default it follows the pictures.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError as `CLIPScore` does.
     """
 
-    def __init__(self, model: str = "openai/clip-vit-large-patch14-336", device: str | None = None) -> None:
-        self.clip, self.device = CLIPScore(model), device
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14-336",
+        device: str | None = None,
+        dtype: Dtype = "float32",
+        offload: bool = False,
+    ) -> None:
+        self.clip, self.device = CLIPScore(model, dtype=dtype, offload=offload), device
 
     def __call__(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         device = torch.device(self.device or pixels.device)
-        self.clip.model.to(device)
-        with torch.autocast(device.type, enabled=False):
-            return self.clip.embed_pictures(pixels.to(device)).to(pixels.device)
+        made = self.clip.network.run(device, lambda: self.clip.embed_pictures(pixels.to(device)))
+        return made.to(pixels.device)
 
 
 class LeaveOneOut(Reward):

@@ -11,25 +11,26 @@ from torch import Tensor
 
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card
-from rewards.clip import BICUBIC, load_pretrained, local_name, preprocessor_config, unavailable
-from rewards.pixels import normalise, resize
-from rewards.towers import TwoTowers
+from rewards.clip import load_pretrained, local_name, preprocessor_config, resize_kernel, unavailable
+from rewards.pixels import BICUBIC, Kernel, normalise, resize
+from rewards.towers import Dtype, TwoTowers
 
 HALF = (0.5, 0.5, 0.5)  # both mean and standard deviation of SigLIP's pixels
 
 
 @dataclass(frozen=True)
 class Squash:
-    """A picture to `height` x `width` whatever its aspect, bicubic in 8 bit as PIL; channels normalised."""
+    """A picture to `height` x `width` whatever its aspect, in 8 bit as PIL; channels normalised."""
 
     height: int
     width: int
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
+    kernel: Kernel = BICUBIC
 
     def __call__(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 k l"]:
         """The network's input for pictures in [0, 1]; differentiable."""
-        return normalise(resize(pixels, self.height, self.width), self.mean, self.std)
+        return normalise(resize(pixels, self.height, self.width, self.kernel), self.mean, self.std)
 
 
 class SigLIPScore(TwoTowers):
@@ -40,12 +41,14 @@ class SigLIPScore(TwoTowers):
 
     Args:
         model: a folder or hub id of a SiglipModel with its tokenizer. The weights of Google's are under Apache-2.0. The
-            first SigLIP's tokenizers need the package sentencepiece. SigLIP2 of a fixed size is a SiglipModel too, but
-            where its preprocessor_config.json asks for a bilinear resize it is refused.
+            first SigLIP's tokenizers need the package sentencepiece. SigLIP2 of a fixed size is a SiglipModel too; its
+            preprocessor_config.json asks for a bilinear resize, and is followed.
         prefix: put before every prompt; for class names SigLIP's authors use "a photo of ".
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures, or prompts, that pass through the model at once.
         processor: a folder or hub id of the tokenizer and the preprocessor_config.json, where they are not the model's.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError where the model is none, lacks weights or tokenizer, or prepares pictures in another way.
     """
@@ -60,11 +63,13 @@ class SigLIPScore(TwoTowers):
         device: str | None = None,
         batch_size: int = 16,
         processor: str | None = None,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         from transformers import SiglipModel
 
         network = load_pretrained(SiglipModel, "siglip", model, "SigLIPScore")
-        super().__init__(network, device, batch_size)
+        super().__init__(network, device, batch_size, dtype, offload)
         self.tokenizer, self.prefix = _tokenizer(processor or model), prefix
         config = preprocessor_config(local_name(processor or model))
         self.prepare = square_preprocessing(model, config, int(network.config.vision_config.image_size))
@@ -98,7 +103,7 @@ def _tokenizer(name: str) -> Any:
 
 
 def square_preprocessing(name: str, config: dict[str, Any], image_size: int) -> Squash:
-    """What the config says, as far as it is SigLIP's way: bicubic to a fixed size, normalised.
+    """What the config says, as far as it is SigLIP's way: a resize to a fixed size, normalised.
 
     Raises: ValueError where it says something else.
     """
@@ -107,7 +112,5 @@ def square_preprocessing(name: str, config: dict[str, Any], image_size: int) -> 
     steps = all(config.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
     if not steps or config.get("do_center_crop") or {*size} != {"height", "width"}:
         raise ValueError(f"{name} does not resize to a fixed height and width, as SigLIP does: {config}")
-    if config.get("resample", BICUBIC) != BICUBIC:
-        raise ValueError(f"{name} resizes with PIL's filter {config['resample']}, and only bicubic (3) is known")
     mean, std = (tuple(map(float, config.get(key, HALF))) for key in ("image_mean", "image_std"))
-    return Squash(size["height"], size["width"], mean, std)
+    return Squash(size["height"], size["width"], mean, std, resize_kernel(name, config))

@@ -19,7 +19,7 @@ from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, simple_scores
 from rewards.clip import CLIPScore
 from rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise, resize_shortest, rounded_center_crop
-from rewards.towers import PictureTower, check_names
+from rewards.towers import Dtype, PictureTower, check_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,10 +38,12 @@ class ReferenceScore(PictureTower):
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
         references = references_of(media, type(self).__name__)
-        made = self.embed_media(media)
-        with torch.autocast(made.device.type, enabled=False):
-            total = (made * self.mean_embeddings(references, made.device)).sum(1)
-        return simple_scores(self.name, total.to(media.pixels.device))
+        device = self.place(media)
+
+        def rate() -> Float[Tensor, " b"]:
+            return (self.embed_media(media) * self.mean_embeddings(references, device)).sum(1)
+
+        return simple_scores(self.name, self.network.run(device, rate).to(media.pixels.device))
 
     @torch.no_grad()
     def mean_embeddings(self, references: Sequence[Tensor], device: torch.device) -> Float[Tensor, "b d"]:
@@ -80,6 +82,8 @@ class CLIPImageScore(ReferenceScore):
             published one's licence is MIT. Pictures are prepared as its preprocessor_config.json says.
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError as `CLIPScore` and `ReferenceScore` do.
     """
@@ -88,10 +92,15 @@ class CLIPImageScore(ReferenceScore):
     card = Card("openai/clip-vit-base-patch32", "MIT", (0.5, 0.95))
 
     def __init__(
-        self, model: str = "openai/clip-vit-base-patch32", device: str | None = None, batch_size: int = 32
+        self,
+        model: str = "openai/clip-vit-base-patch32",
+        device: str | None = None,
+        batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         self.clip = CLIPScore(model, device=device, batch_size=batch_size)
-        super().__init__(self.clip.model, device, batch_size)
+        super().__init__(self.clip.model, device, batch_size, dtype, offload)
 
     def picture_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         return self.clip.picture_features(pixels)
@@ -110,10 +119,19 @@ class VisionScore(ReferenceScore):
         crop: the side of what the network sees, in pixels; position embeddings of another size are interpolated.
     """
 
-    def __init__(self, model: PreTrainedModel, resize: int, crop: int, device: str | None, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        resize: int,
+        crop: int,
+        device: str | None,
+        batch_size: int,
+        dtype: Dtype,
+        offload: bool,
+    ) -> None:
         if not 1 <= crop <= resize:
             raise ValueError(f"crop must be at least 1 and at most resize, got {crop} and {resize}")
-        super().__init__(model, device, batch_size)
+        super().__init__(model, device, batch_size, dtype, offload)
         self.resize, self.crop = resize, crop
 
     @abstractmethod
@@ -137,6 +155,8 @@ class DINOScore(VisionScore):
         crop: the side of what the network sees, in pixels.
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError where the model is none or lacks weights, and as `ReferenceScore` does.
     """
@@ -151,16 +171,10 @@ class DINOScore(VisionScore):
         crop: int = 224,
         device: str | None = None,
         batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
-        from transformers import ViTModel
-
-        super().__init__(
-            load_vision(model, "vit", partial(ViTModel.from_pretrained, add_pooling_layer=False)),
-            resize,
-            crop,
-            device,
-            batch_size,
-        )
+        super().__init__(load_vit(model), resize, crop, device, batch_size, dtype, offload)
 
     def states(self, given: Float[Tensor, "b 3 k k"]) -> Float[Tensor, "b n d"]:
         return self.model(pixel_values=given, interpolate_pos_encoding=True).last_hidden_state
@@ -175,6 +189,8 @@ class DINOv2Score(VisionScore):
         crop: the side of what the network sees, in pixels.
         device: where the model stays; by default it follows the pictures.
         batch_size: pictures that pass through the model at once.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError as `DINOScore` does.
     """
@@ -189,13 +205,23 @@ class DINOv2Score(VisionScore):
         crop: int = 224,
         device: str | None = None,
         batch_size: int = 32,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
         from transformers import Dinov2Model
 
-        super().__init__(load_vision(model, "dinov2", Dinov2Model.from_pretrained), resize, crop, device, batch_size)
+        network = load_vision(model, "dinov2", Dinov2Model.from_pretrained)
+        super().__init__(network, resize, crop, device, batch_size, dtype, offload)
 
     def states(self, given: Float[Tensor, "b 3 k k"]) -> Float[Tensor, "b n d"]:
         return self.model(pixel_values=given).last_hidden_state
+
+
+def load_vit(name: str) -> PreTrainedModel:
+    """A ViTModel without a pooler, as DINO's are. Raises: ValueError as `load_vision` does."""
+    from transformers import ViTModel
+
+    return load_vision(name, "vit", partial(ViTModel.from_pretrained, add_pooling_layer=False))
 
 
 def load_vision(name: str, kind: str, read: Callable[..., Any]) -> PreTrainedModel:

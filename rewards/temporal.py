@@ -9,13 +9,12 @@ in which nothing happens. Never use them without a reward of motion beside them,
 from __future__ import annotations
 
 from abc import abstractmethod
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward, simple_scores
@@ -30,9 +29,8 @@ from rewards.pixels import (
     straight_through,
     to_eight_bit,
 )
-
-if TYPE_CHECKING:
-    from transformers import ViTModel
+from rewards.subject import load_vit
+from rewards.towers import Dtype, Network, frozen
 
 BRISK = 0.05  # of [0, 1]: our choice, a scale and no threshold; VBench measures flow and has no such number
 TOP = 0.05  # of the pixels: those that move most, as in VBench's dynamic degree
@@ -47,23 +45,29 @@ class FrameConsistency(Reward):
     """
 
     differentiable = True
+    model: Any
 
-    def __init__(self, device: str | None, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, device: str | None, batch_size: int, dtype: Dtype, offload: bool) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model = frozen(model, dtype)
+        self.network = Network(self.model, offload)
         self.device, self.batch_size = device, batch_size
 
     @abstractmethod
     def embed(self, frames: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        """Embeddings of frames in [0, 1], on the frames' device."""
+        """Embeddings of frames in [0, 1], on the model's device."""
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
         pixels = _moving(media, type(self).__name__)
         device = torch.device(self.device or pixels.device)
-        with torch.autocast(device.type, enabled=False):
-            frames = pixels.to(device).flatten(0, 1).split(self.batch_size)
-            features = torch.cat([self.embed(part) for part in frames]).unflatten(0, pixels.shape[:2])
-        return simple_scores(self.name, consistency(features).to(pixels.device))
+
+        def rate() -> Float[Tensor, " b"]:
+            frames = pixels.to(device).float().flatten(0, 1).split(self.batch_size)
+            features = torch.cat([self.embed(part).float() for part in frames])
+            return consistency(features.unflatten(0, pixels.shape[:2]))
+
+        return simple_scores(self.name, self.network.run(device, rate).to(pixels.device))
 
 
 class SubjectConsistency(FrameConsistency):
@@ -80,6 +84,8 @@ class SubjectConsistency(FrameConsistency):
         batch_size: frames that pass through the model at once.
         size: of the shortest side in pixels; by default the model's image size, 224.
         exact: rounds to 8 bits before and after the resize, as it is done to decoded videos; else it is plain.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError where the model is none, or lacks weights or has others, and for videos of one frame.
     """
@@ -94,16 +100,16 @@ class SubjectConsistency(FrameConsistency):
         batch_size: int = 32,
         size: int | None = None,
         exact: bool = True,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
-        super().__init__(device, batch_size)
-        self.model = _load_vit(model).float().eval().requires_grad_(False)
+        super().__init__(load_vit(model), device, batch_size, dtype, offload)
         self.size, self.exact = size or int(self.model.config.image_size), exact
 
     def embed(self, frames: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        resized = resize_plain(frames.to(self.model.dtype), self.size, "bilinear", self.exact)
+        resized = resize_plain(frames, self.size, "bilinear", self.exact)
         given = normalise(resized, IMAGENET_MEAN, IMAGENET_STD)
-        tower = self.model.to(frames.device)
-        return tower(pixel_values=given, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+        return self.model(pixel_values=given, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
 class BackgroundConsistency(FrameConsistency):
@@ -118,6 +124,8 @@ class BackgroundConsistency(FrameConsistency):
         device: where the model stays; by default it follows the videos.
         batch_size: frames that pass through the model at once.
         exact: rounds to 8 bits before and after the resize, as it is done to decoded videos; else it is plain.
+        dtype: of the model; the rest is float32. See `rewards.towers.frozen`.
+        offload: keeps the model on the CPU between calls. See `rewards.towers.Network`.
 
     Raises: ValueError as `CLIPScore` does, and for videos of one frame.
     """
@@ -131,16 +139,18 @@ class BackgroundConsistency(FrameConsistency):
         device: str | None = None,
         batch_size: int = 32,
         exact: bool = True,
+        dtype: Dtype = "float32",
+        offload: bool = False,
     ) -> None:
-        super().__init__(device, batch_size)
         clip = CLIPScore(model)
         assert isinstance(clip.prepare, Preprocessing)
-        self.model, self.prepare, self.exact = clip.model, clip.prepare, exact
+        super().__init__(clip.model, device, batch_size, dtype, offload)
+        self.prepare, self.exact = clip.prepare, exact
 
     def embed(self, frames: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        resized = resize_plain(frames.to(self.model.dtype), self.prepare.size, "bicubic", self.exact)
+        resized = resize_plain(frames, self.prepare.size, "bicubic", self.exact)
         given = normalise(center_crop(resized, self.prepare.crop), self.prepare.mean, self.prepare.std)
-        return self.model.to(frames.device).get_image_features(pixel_values=given).pooler_output
+        return self.model.get_image_features(pixel_values=given).pooler_output
 
 
 class TemporalFlickering(Reward):
@@ -242,25 +252,3 @@ def _moving(media: Media, name: str) -> Float[Tensor, "b f 3 h w"]:
     if pixels.shape[1] < 2:
         raise ValueError(f"{name} compares frames: it needs at least 2, and these videos have {pixels.shape[1]}")
     return pixels
-
-
-def _load_vit(name: str) -> ViTModel:
-    """A ViTModel without a pooler, all of its weights and no others."""
-    from transformers import PretrainedConfig, ViTModel
-
-    folder = str(Path(name).expanduser())
-    try:
-        kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
-        if kind != "vit":
-            raise ValueError(f"{name} holds a model of type {kind!r}, SubjectConsistency needs a ViTModel (type 'vit')")
-        model, report = ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"the DINO model {name!r} can be had neither as a folder nor from the hub; "
-            f"pass model= a local folder of facebook/dino-vitb16: {reason}"
-        ) from error
-    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
-    if wrong:
-        raise ValueError(f"{name} lacks weights of a ViTModel without pooler, or has others: {', '.join(wrong[:3])}")
-    return model

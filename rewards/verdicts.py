@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 LEVELS = ("excellent", "good", "fair", "poor", "bad")
+CHOICES = ("yes", "no", *LEVELS)  # whose log-probabilities are read out of an answer, likely or not
 BLANKS = "\u2581\u0120"  # as SentencePiece and byte-level BPE write them
 NO_FIGURE = -1000.0  # OpenAI's API writes -9999 for what it gives no figure of
 
@@ -102,6 +103,14 @@ def regex_score(pattern: str, low: float, high: float) -> Callable[[Answer], flo
     return parse
 
 
+def yes_or_no(answer: Answer) -> float:
+    """1 where the text says yes, and -1 where it says no, by its first word. Raises: Unreadable where it is neither."""
+    found = re.match(r"\W*(yes|no)\b", said(answer.text), re.IGNORECASE)
+    if not found:
+        raise Unreadable("it begins with neither yes nor no")
+    return 1.0 if found[1].lower() == "yes" else -1.0
+
+
 def pair_winner(answer: Answer) -> float:
     """1 where the answer says that image (or video) 1 is better, 0 for 2, and 0.5 for both or "equally good".
 
@@ -135,6 +144,11 @@ def _listed(answer: Answer) -> list[tuple[str, float]]:
     if not known:
         raise Unreadable("it has no log-probabilities; the endpoint has to give top_logprobs")
     return known
+
+
+def spells(token: str, words: Sequence[str]) -> bool:
+    """Whether a token, its blanks and case aside, is one of the words or, from three letters on, its beginning."""
+    return any(_begins(_bare(token), word) for word in words)
 
 
 def _bare(token: str) -> str:

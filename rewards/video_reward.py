@@ -6,14 +6,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from flowalign.records import Media, Prompts, Scores
-from rewards.base import Card, Reward, simple_scores
+from rewards.base import Card, simple_scores
 from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise
 from rewards.qwen2vl import (
     VIDEO,
@@ -25,7 +25,8 @@ from rewards.qwen2vl import (
     resize_frames,
     smart_resize,
 )
-from rewards.towers import read_weights
+from rewards.qwen2vl_reward import Qwen2VLReward, check_settings
+from rewards.towers import Dtype, read_weights
 
 PARTS = ("VQ", "MQ", "TA")
 MARKS = tuple(f"<|{part}_reward|>" for part in PARTS)
@@ -45,7 +46,7 @@ END
 """
 
 
-class VideoReward(Reward):
+class VideoReward(Qwen2VLReward):
     """VQ + MQ + TA, each a logit of a tuned Qwen2-VL-2B less its mean, by its deviation; differentiable to the pixels.
 
     Parts VQ (visual quality), MQ (motion quality) and TA (text alignment) lie about -2 to 2. Mean and deviation are
@@ -73,13 +74,13 @@ class VideoReward(Reward):
         min_pixels: of a frame, before rounding to multiples of 28.
         max_pixels: likewise.
         recompute: recompute activations in the backward pass, for less memory.
+        offload: keeps the model on the CPU between calls, see `rewards.towers.Network`; not with `recompute`.
 
     Raises: ValueError where weights, config or tokenizer cannot be had or do not fit; in a score for pictures, for
         videos of less than two frames and for those that do not say their frames per second.
     """
 
     name = "video_reward"
-    differentiable = True
     card = Card("KwaiVGI/VideoReward, checkpoint-*/model.pth", "Apache-2.0", (-6.0, 6.0), "video")
 
     def __init__(
@@ -89,41 +90,27 @@ class VideoReward(Reward):
         template: str | None = None,
         device: str | None = None,
         batch_size: int = 4,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        dtype: Dtype = "bfloat16",
         fps: float = 2.0,
         min_pixels: int = 128 * 28 * 28,
         max_pixels: int = 256 * 28 * 28,
         recompute: bool = False,
+        offload: bool = False,
     ) -> None:
-        if batch_size < 1 or not fps > 0 or not 0 < min_pixels <= max_pixels:
-            raise ValueError(
-                f"batch_size must be at least 1, fps above 0 and min_pixels at most max_pixels, "
-                f"got {batch_size}, {fps}, {min_pixels}, {max_pixels}"
-            )
+        check_settings(batch_size, min_pixels, max_pixels, recompute, offload)
+        if not fps > 0:
+            raise ValueError(f"fps must be above 0, got {fps}")
         text = read_template(template, TEMPLATE, MARKS, type(self).__name__)
-        self.scorer, self.mean, self.std = _load(model, base, text, getattr(torch, dtype))
-        if recompute:
-            self.scorer.recompute()
-        self.device, self.batch_size, self.fps = device, batch_size, fps
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        scorer, self.mean, self.std = _load(model, base, text, getattr(torch, dtype))
+        super().__init__(scorer, device, batch_size, recompute, offload)
+        self.fps, self.min_pixels, self.max_pixels = fps, min_pixels, max_pixels
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
-        pixels = self._frames(media)
-        device = torch.device(self.device or pixels.device)
-        self.scorer.to(device)
-        with torch.autocast(device.type, enabled=False):
-            logits = [
-                self.scorer(self.prepare(part.to(device)), prompts.text[start : start + self.batch_size])
-                for start, part in zip(
-                    range(0, len(pixels), self.batch_size), pixels.split(self.batch_size), strict=True
-                )
-            ]
-        raw = three(torch.cat(logits)).to(pixels.device)
+        raw = three(self.outputs(self._frames(media), prompts.text))
         parts = (raw - raw.new_tensor(self.mean)) / raw.new_tensor(self.std)
         return simple_scores(self.name, parts.sum(1), dict(zip(PARTS, parts.unbind(1), strict=True)))
 
     def prepare(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 k l"]:
-        """Resized and normalised."""
         size = smart_resize(frames.shape[3], frames.shape[4], self.min_pixels, self.max_pixels)
         return normalise(resize_frames(frames.flatten(0, 1), *size), CLIP_MEAN, CLIP_STD).unflatten(0, frames.shape[:2])
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-from flowalign.records import Prompts
+from flowalign.records import Media, Prompts
+from rewards.hpsv3 import FILE, HPSv3, head
+from rewards.towers import Dtype
+from rewards.video_reward import MARKS, VideoReward
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "rewards" / "qwen2vl.safetensors")
 SPECIAL = (
@@ -21,6 +24,10 @@ SPECIAL = (
     "<|video_pad|>",
 )  # fmt: skip
 TEXTS = ("a cat", "two dogs that run over a wide field", "", "a red ball", "x" * 40, "snow", "one more cat")
+HPSV3_TEMPLATE = "Rate {prompt}: <|Reward|>\n\nEND\n"
+VIDEO_TEMPLATE = "Look: <|VQ_reward|> Move: <|MQ_reward|>\n{prompt} <|TA_reward|>\nEND\n"
+HPSV3_ROWS, VIDEO_ROWS = 256 + len(SPECIAL) + 1, 256 + len(SPECIAL) + len(MARKS)
+SETTINGS = {"peft_lora_config": {"lora_alpha": 6, "use_rslora": False}}
 TINY = {
     "model_type": "qwen2_vl", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
@@ -91,3 +98,52 @@ def weights(rows: int, head: nn.Module) -> dict[str, Tensor]:
     wanted = shapes(TINY, rows) | {f"rm_head.{name}": value.shape for name, value in head.state_dict().items()}
     state = {name: draw(name, tuple(shape)) for name, shape in wanted.items()}
     return state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+
+
+def save_hpsv3(folder: Path) -> Path:
+    """HPSv3's file of the recorded network."""
+    save_file(weights(HPSV3_ROWS, head(32)), folder / FILE)
+    return folder
+
+
+def save_video_reward(folder: Path, state: dict[str, Tensor] | None = None, settings: dict = SETTINGS) -> Path:
+    """VideoReward's files, by default of the recorded network with three outputs."""
+    (folder / "checkpoint-20").mkdir(parents=True)
+    given = weights(VIDEO_ROWS, nn.Linear(32, 3, bias=False)) if state is None else state
+    torch.save(given, folder / "checkpoint-20" / "model.pth")
+    (folder / "model_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def make_hpsv3(
+    base: Path, model: Path, batch_size: int = 8, dtype: Dtype = "float32", recompute: bool = False,
+    offload: bool = False, template: bool = True,
+) -> HPSv3:  # fmt: skip
+    (base / "hpsv3.txt").write_text(HPSV3_TEMPLATE)
+    text = str(base / "hpsv3.txt") if template else None
+    return HPSv3(
+        str(model), str(base), text, batch_size=batch_size, dtype=dtype, min_pixels=784, recompute=recompute,
+        offload=offload,
+    )  # fmt: skip
+
+
+def make_video_reward(
+    base: Path, model: Path, batch_size: int = 4, dtype: Dtype = "float32", recompute: bool = False,
+    offload: bool = False, template: bool = True,
+) -> VideoReward:  # fmt: skip
+    (base / "video.txt").write_text(VIDEO_TEMPLATE)
+    text = str(base / "video.txt") if template else None
+    return VideoReward(
+        str(model), str(base), text, batch_size=batch_size, dtype=dtype, min_pixels=784, recompute=recompute,
+        offload=offload,
+    )  # fmt: skip
+
+
+def some_pictures(count: int = 2) -> Media:
+    """The recorded pictures, which are [h, w, c], and more of their kind."""
+    return Media(torch.stack([levels(seed + 3, 56, 84, 3).permute(2, 0, 1) for seed in range(count)]))
+
+
+def some_videos(count: int = 2) -> Media:
+    """The recorded videos of four frames, and more of their kind."""
+    return Media(torch.stack([levels(seed + 1, 4, 3, 28, 56) for seed in range(count)]), fps=2.0)

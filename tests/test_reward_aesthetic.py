@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny_towers import check_bfloat16, noised
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -46,18 +47,12 @@ def save_head(layers: nn.Module, prefix: str, path: Path) -> None:
     torch.save({f"{prefix}.{name}": value for name, value in layers.state_dict().items()}, path)
 
 
-def spread(model: nn.Module) -> nn.Module:
-    """Weights large enough that embeddings differ."""
-    for parameter in model.parameters():
-        parameter.data.add_(0.15 * torch.randn_like(parameter))
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def laion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("laion")
-    spread(CLIPModel(CLIPConfig(text_config=TOWER, vision_config=VISION, projection_dim=16))).save_pretrained(path)
+    model = CLIPModel(CLIPConfig(text_config=TOWER, vision_config=VISION, projection_dim=16))
+    noised(model, 0.15).save_pretrained(path)
     save_head(head(16, False), "layers", path / "aesthetic-model.pth")
     return path
 
@@ -67,7 +62,7 @@ def v25(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(4)
     path = tmp_path_factory.mktemp("v25")
     text = TOWER | {"vocab_size": 20, "max_position_embeddings": 8, "projection_size": 24}
-    spread(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))).save_pretrained(path)
+    noised(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)), 0.15).save_pretrained(path)
     layers = head(24, True).bfloat16()
     save_head(layers, "scoring_head", path / "aesthetic_predictor_v2_5.pth")
     return path
@@ -155,6 +150,14 @@ def test_gradient_against_finite_differences(reward: Aesthetic | AestheticV25) -
             difference = ((score(pixels + step) - score(pixels - step)) / 2).item()
             assert difference == pytest.approx((pixels.grad * step).sum().item(), rel=1e-3)
     reward.model.float()
+
+
+def test_bfloat16_is_near(reward: Aesthetic | AestheticV25, laion: Path, v25: Path) -> None:
+    """The head is in float32, and spreads an error of 1 % of an embedding with its weights' norm."""
+    path = str(laion if isinstance(reward, Aesthetic) else v25)
+    half = type(reward)(model=path, head=path, dtype="bfloat16", offload=True)
+    assert torch.equal(half.weight, reward.weight)
+    check_bfloat16(reward, half, Media(torch.rand(3, 3, 24, 40)), none(3), 0.01 * reward.weight.norm().item())
 
 
 def test_a_broken_picture_has_no_score(reward: Aesthetic | AestheticV25) -> None:

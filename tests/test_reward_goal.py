@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import byte_tokenizer
+from tiny_towers import check_finite_differences, save_clip
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
 
 from flowalign.records import Media, Prompts
 from rewards.clip import CLIPScore
 from rewards.goal import GoalBaselineCLIP, goal_baseline
+from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise
 
 TEXTS = ("a red circle", "two blue squares", "", "x" * 60, "a cross", "a red circle", "blue")
 
@@ -24,18 +24,7 @@ def prompts(*texts: str) -> Prompts:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(7)
-    path, tokenizer = tmp_path_factory.mktemp("clip"), byte_tokenizer(32)
-    layers = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = layers | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 32}
-    vision = layers | {"image_size": 16, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    for parameter in model.parameters():
-        parameter.data.add_(0.15 * torch.randn_like(parameter))
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return str(save_clip(tmp_path_factory.mktemp("clip"), side=16, scale=0.15))
 
 
 def units(count: int, width: int = 6) -> Tensor:
@@ -126,6 +115,24 @@ def test_gradient_climbs(folder: str) -> None:
     step = 0.1 * pixels.grad / pixels.grad.abs().max()
     up, down = (reward(Media(pixels.detach() + sign * step), asked).total for sign in (1, -1))
     assert down < before < up
+
+
+def test_gradient_against_finite_differences(folder: str) -> None:
+    """Pictures in 8 bits of the network's size, where nothing is rounded; differences of the formula on the network."""
+    reward = GoalBaselineCLIP("a photo", 0.5, folder)
+    levels = torch.randint(0, 256, (1, 3, 16, 16)).div(255).requires_grad_()
+    total = reward(Media(levels), prompts("a red circle"), grad=True).total
+    (slope,) = torch.autograd.grad(total.sum(), levels)
+    goal, start = reward.embed_texts(["a red circle", "a photo"], torch.device("cpu")).double().split(1)
+    reward.model.double()
+
+    def smooth(pixels: Tensor) -> Tensor:
+        shown = normalise(pixels, CLIP_MEAN, CLIP_STD)
+        state = F.normalize(reward.model.get_image_features(pixel_values=shown).pooler_output, dim=1)
+        return goal_baseline(state, goal, start, 0.5).sum()
+
+    assert smooth(levels.detach().double()).item() == pytest.approx(total.item(), abs=1e-5)
+    check_finite_differences(slope, smooth, levels.detach())
 
 
 def test_wrong_alpha(folder: str) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_towers import check_bfloat16
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
@@ -184,6 +185,12 @@ def test_gradient_against_finite_differences(folder: Path) -> None:
         with torch.no_grad():
             difference = (smooth(reward, pixels + step, text) - smooth(reward, pixels - step, text)) / 2
         assert difference.item() == pytest.approx((pixels.grad * step).sum().item(), rel=1e-3)
+
+
+def test_bfloat16_is_near(reward: HPSv2, folder: Path) -> None:
+    half = HPSv2(model=str(folder), processor=str(folder), dtype="bfloat16", offload=True)
+    given = Media(torch.rand(2, 3, 30, 40))
+    check_bfloat16(reward, half, given, prompts("a red circle", "two squares"), 0.02)
 
 
 def test_a_broken_picture_has_no_score(reward: HPSv2) -> None:

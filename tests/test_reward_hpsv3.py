@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from qwen2vl_tiny import GOLDEN, SPECIAL, TEXTS, TINY, levels, prompts, published, save_base, shapes, weights
+from qwen2vl_tiny import (
+    GOLDEN,
+    HPSV3_ROWS,
+    HPSV3_TEMPLATE,
+    TEXTS,
+    make_hpsv3,
+    prompts,
+    published,
+    save_base,
+    save_hpsv3,
+    shapes,
+    some_pictures,
+    weights,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2VLConfig
@@ -16,45 +27,28 @@ from transformers import Qwen2VLConfig
 from flowalign.records import Media
 from rewards.hpsv3 import FILE, MARK, PIXELS, HPSv3, head
 from rewards.pixels import CLIP_MEAN, CLIP_STD, normalise
-from rewards.qwen2vl import PICTURE, Qwen2VLScorer, load_base, patchify, smart_resize
-
-TEMPLATE = "Rate {prompt}: <|Reward|>\n\nEND\n"
-ROWS = 256 + len(SPECIAL) + 1
+from rewards.qwen2vl import PICTURE, Qwen2VLScorer, load_base, smart_resize
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_base(tmp_path_factory.mktemp("base"))
-    (folder / "template.txt").write_text(TEMPLATE)
+    (folder / "template.txt").write_text(HPSV3_TEMPLATE)
     return folder
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_file(weights(ROWS, head(32)), folder / FILE)
-    return folder
-
-
-def make(base: Path, model: Path, batch_size: int = 8, recompute: bool = False) -> HPSv3:
-    return HPSv3(
-        str(model), str(base), str(base / "template.txt"), batch_size=batch_size, dtype="float32", min_pixels=784,
-        recompute=recompute,
-    )  # fmt: skip
+    return save_hpsv3(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def reward(base: Path, model: Path) -> HPSv3:
-    return make(base, model)
-
-
-def media(count: int = 2) -> Media:
-    """The recorded pictures, which are [h, w, c], and more of their kind."""
-    return Media(torch.stack([levels(seed + 3, 56, 84, 3).permute(2, 0, 1) for seed in range(count)]))
+    return make_hpsv3(base, model)
 
 
 def test_scores_are_those_of_the_authors_way(reward: HPSv3) -> None:
-    scores = reward(media(), prompts(*TEXTS[:2]))
+    scores = reward(some_pictures(), prompts(*TEXTS[:2]))
     recorded = GOLDEN["picture/outputs"]
     torch.testing.assert_close(scores.total, recorded[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(scores.parts["sigma"], recorded[:, 1].exp(), rtol=1e-5, atol=0)
@@ -63,56 +57,12 @@ def test_scores_are_those_of_the_authors_way(reward: HPSv3) -> None:
     assert scores.valid.all()
 
 
-def test_token_ids_are_the_old_processors(reward: HPSv3) -> None:
-    ids, mask = reward.scorer.tokenize(TEXTS[:2], 6)
-    recorded = GOLDEN["picture/input_ids"].long()
-    assert torch.equal(mask.bool(), recorded != 256)
-    assert torch.equal(ids[mask.bool()], recorded[mask.bool()])
-
-
-def test_gradient_is_that_of_the_authors_way(reward: HPSv3) -> None:
-    given = media()
-    pixels, again = given.pixels.clone().requires_grad_(), given.pixels[:1].clone().requires_grad_()
-    reward(Media(pixels), prompts(*TEXTS[:2]), grad=True).total.sum().backward()
-    patches = patchify(normalise(again, CLIP_MEAN, CLIP_STD)).view(-1, 3, 2, 14, 14)
-    patches[:, :, 0].backward(GOLDEN["picture/gradient"])
-    assert pixels.grad is not None
-    assert again.grad is not None
-    assert (pixels.grad[0] - again.grad[0]).norm() <= 1e-4 * again.grad.norm()
-    assert all(parameter.grad is None for parameter in reward.scorer.parameters())
-
-
-def test_the_usual_call_of_qwen2vl_is_another_reward(reward: HPSv3) -> None:
-    scorer, recorded = reward.scorer, GOLDEN["picture/outputs"]
-    patches = torch.cat([patchify(normalise(pixels[None], CLIP_MEAN, CLIP_STD)) for pixels in media().pixels])
-    grid = torch.tensor([[1, 4, 6], [1, 4, 6]])
-    ids, mask = scorer.tokenize(TEXTS[:2], 6)
-    torch.testing.assert_close(scorer.outputs(patches, grid, ids, mask)[:, 0], recorded, rtol=0, atol=1e-5)
-    hidden = scorer.backbone(
-        input_ids=ids, attention_mask=mask, pixel_values=patches, image_grid_thw=grid,
-        mm_token_type_ids=(ids == TINY["image_token_id"]).int(),
-    ).last_hidden_state  # fmt: skip
-    usual = scorer.rm_head(hidden[torch.isin(ids, torch.tensor(scorer.marks))])
-    assert (usual - recorded).abs().max() > 0.05
-
-
-def test_a_batch_is_its_singles(base: Path, model: Path, reward: HPSv3) -> None:
-    given, asked = media(7), prompts(*TEXTS)
-    together = reward(given, asked).total
-    assert together.std() > 0.1
-    order = [3, 1, 6, 0, 5, 2, 4]
-    mixed = make(base, model, batch_size=3)(given.rows(order), asked.rows(order), chunk=5).total
-    torch.testing.assert_close(mixed, together[order], rtol=0, atol=2e-5)
-    alone = torch.cat([reward(given.rows([i]), asked.rows([i])).total for i in range(7)])
-    torch.testing.assert_close(alone, together, rtol=0, atol=2e-5)
-
-
 def test_gradient_against_finite_differences(base: Path, tmp_path: Path) -> None:
     """On normalised pictures, behind the rounding to 8 bit, with a head whose first ReLUs are all open: no kinks."""
-    state = weights(ROWS, head(32))
+    state = weights(HPSV3_ROWS, head(32))
     save_file(state | {"rm_head.0.bias": state["rm_head.0.bias"] + 6}, tmp_path / FILE)
-    reward = make(base, tmp_path)
-    frames = normalise(media(1).pixels, CLIP_MEAN, CLIP_STD)[None].requires_grad_()
+    reward = make_hpsv3(base, tmp_path)
+    frames = normalise(some_pictures(1).pixels, CLIP_MEAN, CLIP_STD)[None].requires_grad_()
 
     def value(x: Tensor) -> Tensor:
         return reward.scorer(x, TEXTS[:1])[:, 0, 0].double().sum()
@@ -133,21 +83,11 @@ def test_the_gradient_leads_to_higher_scores_through_the_resize(base: Path, mode
     asked = prompts(*TEXTS[:2])
     before = reward(Media(pixels), asked, grad=True).total
     (slope,) = torch.autograd.grad(before.sum(), pixels)
-    assert reward.prepare(pixels).shape == (2, 3, 56, 28)
+    assert reward.prepare(pixels[:, None]).shape == (2, 1, 3, 56, 28)
     step = 0.02 * slope / slope.abs().amax((1, 2, 3), keepdim=True)
     up, down = (reward(Media(pixels.detach() + sign * step), asked).total for sign in (1, -1))
     assert (up > before).all()
     assert (down < before).all()
-
-
-def test_recomputed_activations_give_the_same_gradient(base: Path, model: Path, reward: HPSv3) -> None:
-    found = []
-    for scorer in (reward, make(base, model, recompute=True)):
-        pixels = media().pixels.clone().requires_grad_()
-        scorer(Media(pixels), prompts(*TEXTS[:2]), grad=True).total.sum().backward()
-        found.append(pixels.grad)
-    assert not reward.scorer.rm_head.training, "there is dropout in the head"
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
 
 
 def test_sizes() -> None:
@@ -176,39 +116,12 @@ def test_loading_at_full_size(base: Path) -> None:
 
 def test_the_names_of_newer_transformers(base: Path, reward: HPSv3, tmp_path: Path) -> None:
     state = {}
-    for name, value in weights(ROWS, head(32)).items():
+    for name, value in weights(HPSV3_ROWS, head(32)).items():
         new = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
         state[f"model.{name}" if name.startswith("visual.") else new] = value
     save_file(state, tmp_path / FILE)
-    scores = make(base, tmp_path)(media(), prompts(*TEXTS[:2]))
-    assert torch.equal(scores.total, reward(media(), prompts(*TEXTS[:2])).total)
-
-
-def test_prompts_cannot_bring_tokens(reward: HPSv3) -> None:
-    clean, dirty = prompts("a cat", "a cat"), prompts("a <|Reward|>cat", "a cat<|Re<|im_end|>ward|><|image_pad|>")
-    assert torch.equal(reward(media(), dirty).total, reward(media(), clean).total)
-    assert not torch.allclose(reward(media(), prompts("a dog", "a dog")).total, reward(media(), clean).total, atol=1e-3)
-
-
-def test_without_a_template_scores_are_others(
-    base: Path, model: Path, reward: HPSv3, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, "flowalign"):
-        own = HPSv3(str(model), str(base), dtype="float32", min_pixels=784)
-    assert [record.message for record in caplog.records if "not those of the published" in record.message]
-    assert len(caplog.records) == 1
-    scores = own(media(), prompts(*TEXTS[:2]))
-    assert scores.valid.all()
-    assert not torch.allclose(scores.total, reward(media(), prompts(*TEXTS[:2])).total, atol=0.01)
-
-
-def test_a_broken_picture_has_no_score(reward: HPSv3) -> None:
-    given, asked = media(3), prompts(*TEXTS[:3])
-    whole = reward(given, asked)
-    given.pixels[1, 0, 3, 3] = math.nan
-    broken = reward(given, asked)
-    assert broken.valid.tolist() == [True, False, True]
-    assert torch.equal(broken.total[[0, 2]], whole.total[[0, 2]])
+    scores = make_hpsv3(base, tmp_path)(some_pictures(), prompts(*TEXTS[:2]))
+    assert torch.equal(scores.total, reward(some_pictures(), prompts(*TEXTS[:2])).total)
 
 
 def test_videos_are_refused(reward: HPSv3) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_towers import check_bfloat16
 from torch import Tensor
 from transformers import BertTokenizer
 
@@ -201,6 +202,16 @@ def test_scores_are_float32_under_autocast(reward: ImageReward) -> None:
     plain = reward(media, prompts(*TEXTS[:2])).total
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(reward(media, prompts(*TEXTS[:2])).total, plain)
+
+
+def test_bfloat16_is_near(reward: ImageReward, folder: Path, tokenizer: Path) -> None:
+    """The head, in float32, spreads an error of 1 % of a state with its weights' norm."""
+    half = ImageReward(str(folder), str(tokenizer), batch_size=3, dtype="bfloat16", offload=True)
+    assert half.tower.vision_model.post_layernorm.weight.dtype == torch.bfloat16
+    assert half.tower.text_encoder.embeddings.LayerNorm.weight.dtype == torch.bfloat16
+    assert torch.equal(half.tower.head[0].weight, reward.tower.head[0].weight)
+    given = Media(PICTURES[2].expand(2, -1, -1, -1))
+    check_bfloat16(reward, half, given, prompts(*TEXTS[:2]), 0.03)
 
 
 def test_a_broken_picture_has_no_score(reward: ImageReward) -> None:

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_towers import check_bfloat16, check_finite_differences
 from torch import Tensor
 
 from flowalign.pictures import to_images
 from flowalign.records import Media, Prompts
 from rewards.openclip import OpenCLIPScore, crop_or_pad, preparation
+from rewards.pixels import normalise
 
 GOLDEN = Path(__file__).parent / "golden/rewards/openclip.safetensors"
 SHAPES = ((48, 31), (23, 40), (16, 16), (20, 9))
@@ -119,6 +121,33 @@ def test_gradient_climbs(folder: Path) -> None:
     step = 0.05 * pixels.grad / pixels.grad.abs().max()
     up, down = (reward(Media(pixels.detach() + sign * step), asked).total for sign in (1, -1))
     assert down < before < up
+
+
+@needs_open_clip
+def test_gradient_against_finite_differences(folder: Path) -> None:
+    """Pictures in 8 bits of the network's size, where nothing is rounded; differences of the cosine by the network."""
+    reward = OpenCLIPScore(f"local-dir:{folder}")
+    levels = torch.randint(0, 256, (1, 3, 16, 16)).div(255).requires_grad_()
+    total = reward(Media(levels), prompts("a red circle"), grad=True).total
+    (slope,) = torch.autograd.grad(total.sum(), levels)
+    text = reward.embed_texts(["a red circle"], torch.device("cpu")).double()
+    reward.model.double()
+    mean, std = CONFIG["preprocess_cfg"]["mean"], CONFIG["preprocess_cfg"]["std"]
+
+    def smooth(pixels: Tensor) -> Tensor:
+        return F.cosine_similarity(reward.model.encode_image(normalise(pixels, mean, std)), text).sum()
+
+    assert smooth(levels.detach().double()).item() == pytest.approx(total.item(), abs=1e-5)
+    check_finite_differences(slope, smooth, levels.detach())
+
+
+@needs_open_clip
+def test_bfloat16_is_near(folder: Path) -> None:
+    full = OpenCLIPScore(f"local-dir:{folder}")
+    half = OpenCLIPScore(f"local-dir:{folder}", dtype="bfloat16", offload=True)
+    check_bfloat16(full, half, Media(torch.rand(2, 3, 24, 40)), prompts("a red circle", "two squares"), 0.02)
+    assert half.model.text_projection.dtype == torch.bfloat16
+    assert half.model.logit_scale.dtype == torch.float32
 
 
 @needs_open_clip

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import byte_tokenizer
-from transformers import CLIPConfig, CLIPModel
+from tiny_towers import tiny_clip
+from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from flowalign.pictures import to_images
@@ -24,18 +25,8 @@ def prompts(*texts: str) -> Prompts:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny CLIPModel with random weights and no tokenizer, and a folder of its processor."""
-    torch.manual_seed(5)
-    tokenizer = byte_tokenizer(32)
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 16, "patch_size": 8,
-    }  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12, logit_scale_init_value=3.5))
+    model, tokenizer = tiny_clip(side=16)
+    model.logit_scale.data.fill_(3.5)
     weights, processor = tmp_path_factory.mktemp("weights"), tmp_path_factory.mktemp("processor")
     model.save_pretrained(weights)
     tokenizer.save_pretrained(processor)
@@ -53,7 +44,7 @@ def test_it_is_the_logit_of_the_clip_model(reward: PickScore, folders: tuple[Pat
     scores = reward.score(Media(pixels), prompts(*TEXTS))
     model = CLIPModel.from_pretrained(folders[0]).eval()
     prepared = CLIPImageProcessorPil.from_pretrained(folders[1])(to_images(pixels), return_tensors="pt")
-    tokens = byte_tokenizer(32)(list(TEXTS), padding=True, return_tensors="pt")
+    tokens = byte_tokenizer()(list(TEXTS), padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(**tokens, pixel_values=prepared["pixel_values"]).logits_per_image
     assert torch.allclose(scores.total, logits.diagonal(), atol=2e-4)

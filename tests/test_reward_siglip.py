@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_towers import save_siglip
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
+from transformers import PreTrainedTokenizerFast, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from flowalign.pictures import to_images
 from flowalign.records import Media, Prompts
-from rewards.pixels import normalise
+from rewards.pixels import BICUBIC, BILINEAR, Kernel, normalise
 from rewards.siglip import HALF, SigLIPScore, Squash
 
 TEXTS = ("a red circle", "Two BLUE squares", "", "red " * 30, "a cross", "two circle", "blue")
-WORDS = ("<pad>", "</s>", "<unk>", "a", "two", "red", "blue", "circle", "squares", "cross")
 
 
 def prompts(*texts: str) -> Prompts:
@@ -28,24 +27,7 @@ def prompts(*texts: str) -> Prompts:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the hub has them: two layers of width 24, 9 tokens, 16 pixels."""
-    torch.manual_seed(6)
-    path = tmp_path_factory.mktemp("siglip")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokens = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokens.save_pretrained(path)
-    layers = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = layers | {"vocab_size": len(WORDS), "max_position_embeddings": 9, "projection_size": 24}
-    config = SiglipConfig(text_config=text, vision_config=layers | {"image_size": 16, "patch_size": 8})
-    model = SiglipModel(config)
-    for parameter in model.parameters():
-        parameter.data.add_(0.15 * torch.randn_like(parameter))
-    model.logit_scale.data.fill_(2.0)
-    model.logit_bias.data.fill_(-3.0)
-    model.save_pretrained(path)
-    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
-    return path
+    return save_siglip(tmp_path_factory.mktemp("siglip"))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +125,7 @@ def test_without_a_preprocessor_config(folder: Path, tmp_path: Path) -> None:
     [
         ({"size": {"shortest_edge": 16}}, "does not resize to a fixed height and width"),
         ({"do_center_crop": True}, "does not resize to a fixed height and width"),
-        ({"resample": 2}, "resizes with PIL's filter 2"),
+        ({"resample": 1}, "resizes with PIL's filter 1; known are bilinear"),
     ],
 )
 def test_another_way_to_prepare_pictures(folder: Path, tmp_path: Path, change: dict, message: str) -> None:
@@ -151,6 +133,17 @@ def test_another_way_to_prepare_pictures(folder: Path, tmp_path: Path, change: d
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         SigLIPScore(str(tmp_path))
+
+
+@pytest.mark.parametrize(("resample", "kernel"), [(2, BILINEAR), (3, BICUBIC)])
+def test_the_resize_is_that_of_the_config(folder: Path, tmp_path: Path, resample: int, kernel: Kernel) -> None:
+    """SigLIP 2's files ask for 2, bilinear; as transformers' own processor does it with PIL."""
+    processor = SiglipImageProcessorPil(size={"height": 16, "width": 16}, resample=resample)
+    processor.save_pretrained(copied(folder, tmp_path))
+    reward, pixels = SigLIPScore(str(tmp_path)), torch.rand(3, 3, 24, 40)
+    assert reward.prepare == Squash(16, 16, HALF, HALF, kernel)
+    expected = processor(to_images(pixels), return_tensors="pt").pixel_values
+    torch.testing.assert_close(reward.prepare(pixels), expected, rtol=0, atol=1e-6)
 
 
 def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:

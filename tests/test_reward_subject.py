@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny import byte_tokenizer
+from tiny_towers import noised, save_clip, save_vit
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+from transformers import CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from flowalign.pictures import to_images
@@ -22,30 +22,16 @@ from rewards.subject import CLIPImageScore, DINOScore, DINOv2Score, ReferenceSco
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 
 
-def noised(model: torch.nn.Module) -> torch.nn.Module:
-    """With weights so large that pictures differ: as made, they hardly do."""
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny ViT, DINOv2 and CLIP with random weights, as the hub has them."""
     made = {name: tmp_path_factory.mktemp(name) for name in ("vit", "dinov2", "clip")}
-    vit = ViTConfig(**SIZES, intermediate_size=64, layer_norm_eps=1e-12)
-    noised(ViTModel(vit, add_pooling_layer=False)).save_pretrained(made["vit"])
-    noised(Dinov2Model(Dinov2Config(**SIZES))).save_pretrained(made["dinov2"])
-    tokenizer = byte_tokenizer()
-    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    noised(CLIPModel(CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=16))).save_pretrained(
-        made["clip"]
-    )
-    tokenizer.save_pretrained(made["clip"])
-    CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        made["clip"]
-    )
+    save_vit(made["vit"])
+    torch.manual_seed(3)
+    noised(Dinov2Model(Dinov2Config(**SIZES)), 0.2).save_pretrained(made["dinov2"])
+    save_clip(made["clip"])
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(made["clip"])
     return made
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny_towers import save_vit
 from torch import Tensor
-from transformers import CLIPModel, ViTConfig, ViTModel
+from transformers import CLIPModel, ViTModel
 
 from flowalign.config import build
 from flowalign.records import Media, Prompts
@@ -45,15 +46,7 @@ def moving(count: int = 7, frames: int = 5, side: int = 32, speed: int = 3, seed
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT with random weights, large enough that its embeddings differ."""
-    torch.manual_seed(5)
-    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = ViTModel(ViTConfig(**layers, image_size=32, patch_size=8), add_pooling_layer=False)
-    for parameter in model.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    path = tmp_path_factory.mktemp("vit")
-    model.save_pretrained(path)
-    return path
+    return save_vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +258,9 @@ def test_wrong_media(rewards: dict[str, Reward], name: str) -> None:
 
 
 def test_wrong_settings(folder: Path) -> None:
-    for kind in (SubjectConsistency, BackgroundConsistency):
+    for kind, model in ((SubjectConsistency, str(folder)), (BackgroundConsistency, "shapes")):
         with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-            kind(str(folder), batch_size=0)
+            kind(model, batch_size=0)
     for settings in ({"brisk": 0.0}, {"smooth": 0}):
         with pytest.raises(ValueError, match="brisk must be above 0 and smooth at least 1"):
             FrameDynamics(**settings)
@@ -276,13 +269,15 @@ def test_wrong_settings(folder: Path) -> None:
 
 
 def test_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'clip', SubjectConsistency needs a ViTModel"):
+    with pytest.raises(ValueError, match="holds a model of type 'clip', and one of type 'vit' is needed"):
         SubjectConsistency(str(WEIGHTS / "clip"))
     ViTModel(ViTModel.from_pretrained(folder).config, add_pooling_layer=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"or has others: pooler\.dense\.bias, pooler\.dense\.weight"):
+    with pytest.raises(
+        ValueError, match=r"has 2 that do not belong to it \(pooler\.dense\.bias, pooler\.dense\.weight\)"
+    ):
         SubjectConsistency(str(tmp_path))
     with pytest.raises(ValueError, match="can be had neither as a folder nor from the hub; pass model=") as caught:
-        SubjectConsistency(str(tmp_path / "none"))
+        SubjectConsistency("no-one/no-such-model")
     assert "\n" not in str(caught.value)
 
 
