@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.config import ConfigError, build, load_yaml, override
-from flowalign.models.base import Model
+from flowalign.models import Model, family_of
+from flowalign.models.loading import pipeline_class
 from flowalign.pictures import grid, to_images
 from flowalign.progress import Progress
 from flowalign.prompts import as_prompts
@@ -118,7 +119,8 @@ def _config(request: Request) -> dict[str, Any]:
         if lora is None and not request.base:
             lora = str(run / "lora")
     else:
-        config = {"model": {"class": "flowalign.models.SD3", "pipeline": request.target}}
+        family = family_of(pipeline_class(request.target))
+        config = {"model": {"class": f"flowalign.models.{family.__name__}", "pipeline": request.target}}
     # a policy trained in half precision is sampled in full unless asked otherwise
     config["model"] = {key: value for key, value in config["model"].items() if not key.endswith("_precision")}
     if lora is not None:

@@ -117,3 +117,26 @@ def test_what_no_flow_can_do_is_refused_and_what_differs_is_told() -> None:
     assert "ships PNDMScheduler, of higher order" in str(shipped.scheduler_note())
     assert shipped.sigmas(20) == StableDiffusion(tiny_sd(ddim())()).sigmas(20)
     assert StableDiffusionXL(tiny_sdxl(euler(**TURBO))()).scheduler_note() is None
+
+
+def test_check_tells_of_a_shipped_scheduler_of_higher_order(tmp_path: FilePath) -> None:
+    from trainers.preflight.problems import _sampler
+
+    scheduler = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, **ALPHAS)
+    trainer = job(tmp_path, model=StableDiffusion(tiny_sd(scheduler)()))
+    assert _sampler(trainer) is not None
+    assert "PNDMScheduler" in _sampler(trainer).text
+    assert _sampler(job(tmp_path, model=StableDiffusion(tiny_sd(ddim())()))) is None
+
+
+def test_a_pipeline_s_folder_is_enough(tmp_path: FilePath, capsys: pytest.CaptureFixture[str]) -> None:
+    from flowalign.cli import main
+    from flowalign.models import as_model
+
+    tiny_sd(ddim())().save_pretrained(tmp_path / "pipe")
+    assert type(as_model(str(tmp_path / "pipe"))) is StableDiffusion
+    words = ["--prompt", "a cat", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert main(["sample", str(tmp_path / "pipe"), *words]) == 0
+    assert (tmp_path / "out" / "0000.png").is_file()
+    assert main(["sample", str(tmp_path), *words[:-1], str(tmp_path / "other")]) == 2
+    assert "is no diffusers pipeline" in capsys.readouterr().err

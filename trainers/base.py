@@ -44,7 +44,7 @@ class Trainer(ABC):
 
     def __init__(
         self,
-        model: Model | DiffusionPipeline,
+        model: Model | DiffusionPipeline | str,
         reward: Reward | Callable[..., Any] | str,
         prompts: Prompts | Sequence[str] | str,
         sampling: Sampling,

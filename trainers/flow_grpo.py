@@ -39,7 +39,7 @@ class FlowGRPO(Trainer):
     """Flow-GRPO with a LoRA policy.
 
     Args:
-        model: a diffusers pipeline, or an adapter of one with settings of its own (`flowalign.models`).
+        model: a diffusers pipeline, its folder or hub id, or an adapter with settings of its own (`flowalign.models`).
         reward: any reward, any callable (media, prompts) -> b scores, or a formula such as "pickscore/26 + ocr".
         prompts: texts, a file of them, or prompts with metadata.
         sampling: rollouts; see `Sampling`.
@@ -63,7 +63,7 @@ class FlowGRPO(Trainer):
 
     def __init__(
         self,
-        model: Model | DiffusionPipeline,
+        model: Model | DiffusionPipeline | str,
         reward: Reward | Callable[..., Any] | str,
         prompts: Prompts | Sequence[str] | str,
         sampling: Sampling = Sampling(AllSteps(FlowSDE(0.7))),

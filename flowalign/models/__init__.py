@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flowalign.models.base import Model
+from flowalign.models.loading import pipeline_class
 from flowalign.models.pipeline import PipelineModel
 from flowalign.models.sd3 import SD3
 from flowalign.models.unet import StableDiffusion, StableDiffusionXL
@@ -15,11 +16,13 @@ __all__ = ["SD3", "Model", "PipelineModel", "StableDiffusion", "StableDiffusionX
 
 
 def as_model(model: Any) -> Model:
-    """A model as it is, or the adapter of a diffusers pipeline with its default settings.
+    """A model as it is, or the adapter with its default settings of a diffusers pipeline, its folder or hub id.
 
     Raises: ValueError for a pipeline of an unknown family.
     """
-    return model if isinstance(model, Model) else family_of(type(model).__name__)(model)
+    if isinstance(model, Model):
+        return model
+    return family_of(pipeline_class(model) if isinstance(model, str) else type(model).__name__)(model)
 
 
 def family_of(pipeline: str) -> type[PipelineModel]:

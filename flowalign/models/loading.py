@@ -30,9 +30,35 @@ def _load(name: str) -> Any:
         from flowalign.shapes import text_to_image
 
         return text_to_image()
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"{name} is not a folder; name a pipeline's folder, a hub id, or 'shapes'")
+    _check_folder(name)
     try:
-        return DiffusionPipeline.from_pretrained(Path(name).expanduser() if Path(name).is_dir() else name)
+        return DiffusionPipeline.from_pretrained(Path(name).expanduser() if _is_path(name) else name)
     except OSError as error:
         raise ValueError(f"the pipeline {name!r} can be had neither as a folder nor from the hub: {error}") from error
+
+
+def pipeline_class(name: str) -> str:
+    """The diffusers class of the pipeline of a folder, a hub id, or "shapes", without loading its weights.
+
+    Raises: ValueError where there is none.
+    """
+    from diffusers import DiffusionPipeline
+
+    if name == SHAPES:
+        return "StableDiffusion3Pipeline"
+    _check_folder(name)
+    try:
+        return str(
+            DiffusionPipeline.load_config(str(Path(name).expanduser()) if _is_path(name) else name)["_class_name"]
+        )
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{name!r} is no diffusers pipeline, neither as a folder nor on the hub: {error}") from error
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().is_dir()
+
+
+def _check_folder(name: str) -> None:
+    if name.startswith((".", "/", "~")) and not _is_path(name):
+        raise ValueError(f"{name} is not a folder; name a pipeline's folder, a hub id, or 'shapes'")

@@ -128,6 +128,11 @@ class PipelineModel(Model):
         Each has a row for each text, and the same length whatever the texts are.
         """
 
+    def token_limit(self) -> tuple[int, Any]:
+        """The most tokens of a prompt that any of the text encoders reads, and its tokenizer."""
+        tokenizer = self.pipeline.tokenizer
+        return self.max_sequence_length or int(tokenizer.model_max_length), tokenizer
+
     @abstractmethod
     def predict(
         self,

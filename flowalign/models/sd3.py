@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from flowalign.models.base import Latents
@@ -49,6 +51,12 @@ class SD3(PipelineModel):
             max_sequence_length=self.max_sequence_length,
         )
         return embeds, pooled
+
+    def token_limit(self) -> tuple[int, Any]:
+        clip = int(self.pipeline.tokenizer.model_max_length)
+        if self.pipeline.text_encoder_3 is None or self.max_sequence_length <= clip:
+            return clip, self.pipeline.tokenizer
+        return self.max_sequence_length, self.pipeline.tokenizer_3
 
     def predict(
         self,

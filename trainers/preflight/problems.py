@@ -6,9 +6,9 @@ A text says what is wrong, why that matters and what to do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from flowalign.models.sd3 import SD3
+from flowalign.models import PipelineModel
 from flowalign.report.formats import percent
 from flowalign.transitions import mean_of_elements, sum_of_elements
 from trainers.flow_grpo import FlowGRPO
@@ -51,6 +51,7 @@ def of_settings(trainer: Trainer, cut: Geometry, steps: tuple[PlannedStep, ...])
         _no_noise(steps),
         _last_step(steps),
         _guidance(trainer),
+        _sampler(trainer),
         _clipping(trainer),
         _small_groups(trainer),
         _few_training_prompts(trainer),
@@ -106,6 +107,11 @@ def _guidance(trainer: Trainer) -> Found:
     return None
 
 
+def _sampler(trainer: Trainer) -> Found:
+    note = trainer.model.scheduler_note() if isinstance(trainer.model, PipelineModel) else None
+    return None if note is None else warning(note)
+
+
 def _clipping(trainer: Trainer) -> Found:
     if not isinstance(trainer, FlowGRPO) or trainer.updates_per_epoch == 1:
         return None  # one update an epoch has ratios of 1: nothing is clipped
@@ -147,11 +153,11 @@ def _few_training_prompts(trainer: Trainer) -> Found:
 
 
 def _truncated(trainer: Trainer) -> Found:
-    if not isinstance(trainer.model, SD3):
+    if not isinstance(trainer.model, PipelineModel):
         return None
     held_out = trainer.evaluator.prompts
     texts = {*trainer.prompts.text, *(held_out.text if held_out is not None else ())}
-    limit, tokenizer = token_limit(trainer.model)
+    limit, tokenizer = trainer.model.token_limit()
     # a token is a byte at least, so that only long prompts need to be looked at
     long = [text for text in texts if len(text.encode()) + 2 > limit]
     cut = [text for text in long if len(tokenizer(text).input_ids) > limit]
@@ -160,16 +166,8 @@ def _truncated(trainer: Trainer) -> Found:
     return warning(
         f"{len(cut)} prompts are longer than the {limit} tokens that the text encoders read, and the rest of them is "
         f"not seen, as in {min(cut)[:60]!r}. Shorten them"
-        + (", or raise model.max_sequence_length" if trainer.model.pipeline.text_encoder_3 is not None else "")
+        + (", or raise model.max_sequence_length" if trainer.model.max_sequence_length else "")
     )
-
-
-def token_limit(model: SD3) -> tuple[int, Any]:
-    """The most tokens that any of the model's text encoders reads, and its tokenizer."""
-    pipeline = model.pipeline
-    if pipeline.text_encoder_3 is not None and model.max_sequence_length > pipeline.tokenizer.model_max_length:
-        return model.max_sequence_length, pipeline.tokenizer_3
-    return pipeline.tokenizer.model_max_length, pipeline.tokenizer
 
 
 def _padding(trainer: Trainer, cut: Geometry) -> Found:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from flowalign.models.sd3 import SD3
+from flowalign.models import PipelineModel
 from flowalign.report.formats import count, duration, number, percent
 from flowalign.transitions import ODE
 from trainers.preflight.checking import Preflight
@@ -50,7 +50,7 @@ def _model(found: Preflight, config: Mapping[str, Any] | None) -> Lines:
     given = (config or {}).get("model")
     known = given if isinstance(given, Mapping) else {}
     trained = model.trainable()
-    pipeline = f", {type(model.pipeline).__name__}" if isinstance(model, SD3) else ""
+    pipeline = f", {type(model.pipeline).__name__}" if isinstance(model, PipelineModel) else ""
     named = f" of {known['pipeline']}" if "pipeline" in known else ""
     precisions = [f"{what} {known[key]}" for what, key in PRECISIONS.items() if key in known]
     numbers = sum(value.numel() for value in trained.values())
