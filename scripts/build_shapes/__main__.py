@@ -4,6 +4,7 @@
     python scripts/build_shapes base --out build/shapes       # needs the autoencoder
     python scripts/build_shapes clip --out build/shapes       # independent of both
     python scripts/build_shapes export --out build/shapes     # writes flowalign/shapes/weights
+    python scripts/build_shapes few_step --out build/shapes   # needs the exported base; export again after it
     python scripts/build_shapes longer --out build/shapes     # a control: the base after 20 % more steps
 
 Every stage saves its state each minute and goes on from it when started again; on two CPU cores all of them together
@@ -19,9 +20,17 @@ import torch
 from base import build_base, build_longer
 from contrastive import build_clip
 from export import export
+from few_step import build_few_step
 from vae import build_vae
 
-STAGES = {"vae": build_vae, "base": build_base, "clip": build_clip, "export": export, "longer": build_longer}
+STAGES = {
+    "vae": build_vae,
+    "base": build_base,
+    "clip": build_clip,
+    "few_step": build_few_step,
+    "export": export,
+    "longer": build_longer,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
