@@ -5,6 +5,8 @@
     python scripts/build_shapes clip --out build/shapes       # independent of both
     python scripts/build_shapes export --out build/shapes     # writes flowalign/shapes/weights
     python scripts/build_shapes few_step --out build/shapes   # needs the exported base; export again after it
+    python scripts/build_shapes video_vae --out build/shapes
+    python scripts/build_shapes video_base --out build/shapes # needs the video autoencoder
     python scripts/build_shapes longer --out build/shapes     # a control: the base after 20 % more steps
 
 Every stage saves its state each minute and goes on from it when started again; on two CPU cores all of them together
@@ -22,6 +24,8 @@ from contrastive import build_clip
 from export import export
 from few_step import build_few_step
 from vae import build_vae
+from video_base import build_video_base
+from video_vae import build_video_vae
 
 STAGES = {
     "vae": build_vae,
@@ -30,6 +34,8 @@ STAGES = {
     "few_step": build_few_step,
     "export": export,
     "longer": build_longer,
+    "video_vae": build_video_vae,
+    "video_base": build_video_base,
 }
 
 if __name__ == "__main__":
