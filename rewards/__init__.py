@@ -41,6 +41,7 @@ from rewards.preference import LearntReward, Pair
 from rewards.remote import RemoteReward
 from rewards.sets import MMD, CLIPEmbedder, FrechetDistance, VendiScore
 from rewards.shapes import ShapesVerifier
+from rewards.shapes_video import ShapesVideoVerifier
 from rewards.shaping import PAR, LambdaHarmonic, LogSigmoid, TextNorm, UncertaintyWeighted
 from rewards.siglip import SigLIPScore
 from rewards.subject import CLIPImageScore, DINOScore, DINOv2Score
@@ -104,6 +105,7 @@ __all__ = [
     "Reward",
     "RunningNormalise",
     "ShapesVerifier",
+    "ShapesVideoVerifier",
     "SigLIPScore",
     "SoftTIFA",
     "Spread",

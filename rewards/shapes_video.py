@@ -1,0 +1,73 @@
+"""The verifier of the embedded world of videos as a reward: do the shapes do what the caption asks for?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowalign.records import Media, Prompts, Scores
+from flowalign.shapes.scenes import SIZE
+from flowalign.shapes.video.scenes import Spec
+from flowalign.shapes.video.verifier import LEAST, passes, verify
+from rewards.base import Card, Reward
+from rewards.frames import videos
+
+KINDS = tuple(LEAST)
+
+
+class ShapesVideoVerifier(Reward):
+    """(1 - w) * clauses + w * strict, in [0, 1]; not differentiable.
+
+    clauses: the mean score of the caption's clauses (objects, where to they move and how steadily and how fast, or that
+    they are still, that they meet or part, the order of colours, nothing else); a clause's score rises smoothly as it
+    comes nearer to holding. strict: 1 where all of them hold, else 0. Both are parts of the score, and so is, for each
+    kind of clause, whether all of that kind hold ("clause/motion": 1 or 0, nan where there is none).
+
+    Speed is the way in pixels from the first frame to the last: neither the number of frames nor the frames per second
+    count, and videos need not say the latter.
+
+    Args:
+        strict_weight: w, in [0, 1].
+
+    Raises: ValueError for another weight, for pictures, for videos that are not 32 x 32 or have fewer than five frames,
+        and for a prompt without a spec.
+    """
+
+    name = "shapes_video"
+    card = Card(usual=(0.0, 1.0), modality="video")
+
+    def __init__(self, strict_weight: float = 0.5) -> None:
+        if not 0 <= strict_weight <= 1:
+            raise ValueError(f"strict_weight must be in [0, 1], got {strict_weight}")
+        self.strict_weight = float(strict_weight)
+
+    def score(self, media: Media, prompts: Prompts) -> Scores:
+        pixels = videos(media, "ShapesVideoVerifier")
+        if pixels.shape[3:] != (SIZE, SIZE):
+            raise ValueError(f"ShapesVideoVerifier reads videos of {SIZE} x {SIZE}, got {list(pixels.shape[3:])}")
+        found, verdict = verify(pixels, [_spec(prompts, i) for i in range(len(prompts))])
+        clauses = torch.tensor([sum(scores.values()) / len(scores) for scores in found], device=pixels.device)
+        strict = verdict.to(pixels.device).float()
+        total = (1 - self.strict_weight) * clauses + self.strict_weight * strict
+        kinds = {f"clause/{kind}": _of_kind(found, kind).to(pixels.device) for kind in KINDS}
+        known = torch.isfinite(pixels).flatten(1).all(1)
+        return Scores(total, {"clauses": clauses, "strict": strict, **kinds}, known)
+
+
+def _of_kind(found: list[dict[str, float]], kind: str) -> Float[Tensor, " b"]:
+    """Whether all clauses of a kind hold in each video; nan where its caption has none."""
+    own = [{name: value for name, value in scores.items() if name.startswith(kind)} for scores in found]
+    return torch.tensor([float(passes(scores)) if scores else math.nan for scores in own])
+
+
+def _spec(prompts: Prompts, index: int) -> Spec:
+    try:
+        return Spec.from_dict(prompts.metadata[index]["spec"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"prompt {index} ({prompts.text[index]!r}) has no metadata['spec'] for ShapesVideoVerifier; "
+            "take prompts from flowalign.shapes.video.train_prompts or held_out_prompts"
+        ) from error
