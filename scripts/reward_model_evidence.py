@@ -45,6 +45,7 @@ def sampled_pairs(model: SD3, prompts: Prompts, purpose: str, strict: bool) -> l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strict", action="store_true", help="the strict verdict decides, not the total")
+    parser.add_argument("--model", default="shapes", help="the CLIP that training starts from")
     parser.add_argument("--full", action="store_true", help="tune all of CLIP, not the head alone")
     parser.add_argument("--prompts", type=int, default=2000, help="training prompts to sample pairs for")
     parser.add_argument("--pairs", type=int, default=500)
@@ -58,7 +59,7 @@ def main() -> None:
     unseen = sampled_pairs(model, held_out_prompts(asked.prompts // 2, 4, KINDS), "test", asked.strict)
     if len(pairs) <= asked.pairs:
         parser.error(f"{len(pairs)} decided pairs of {asked.prompts} prompts: ask for more --prompts, or fewer --pairs")
-    reward = LearntReward("shapes")
+    reward = LearntReward(asked.model)
     rate = asked.learning_rate or (1e-4 if asked.full else 3e-3)
     settings = RewardFit(asked.epochs, 32, rate, full=asked.full, seed=asked.seed)
     names, sets = ("training prompts", "held-out prompts"), (pairs[asked.pairs :], unseen)

