@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -19,16 +19,27 @@ WIDEST_SHEET = 1100
 LARGEST_SHEET = 300_000
 SHEETS = 24
 QUALITIES = (85, 70, 50, 30)
+WIDEST_STRIP = 1600  # of a video's frames
+LARGEST_FILM = 150_000  # bytes of an MP4; of a larger one its strip is shown
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg"}
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture inside the page; `small` ones are enlarged without smoothing."""
+    """A picture inside the page; `small` ones are enlarged without smoothing.
+
+    film: the URI of the MP4 whose frames the picture is a strip of, if it can be embedded.
+    """
 
     uri: str
     width: int
     height: int
+    film: str = ""
+
+    @property
+    def strip(self) -> bool:
+        """Whether it has a video's frames side by side."""
+        return self.width > 3 * self.height
 
     @property
     def small(self) -> bool:
@@ -43,6 +54,11 @@ class Pair:
     changed: Changed
     before: Embedded | None
     after: Embedded | None
+
+    @property
+    def wide(self) -> bool:
+        """Whether a strip is shown, for want of its film."""
+        return any(one is not None and one.strip and not one.film for one in (self.before, self.after))
 
 
 @dataclass(frozen=True)
@@ -89,11 +105,24 @@ def _from_zip(path: Path, index: tuple[int, ...]) -> dict[int, Embedded]:
     """The pictures of these prompts, as far as they are there; none of a zip that was cut short."""
     try:
         with ZipFile(path) as archive:
-            members = {Path(name).stem: name for name in archive.namelist()}
+            names = archive.namelist()
+            members = {Path(name).stem: name for name in names if not name.endswith(".mp4")}
             kept = {i: members[f"{i:05d}"] for i in index if f"{i:05d}" in members}
-            return {i: embed(archive.read(name), WIDEST, LARGEST) for i, name in kept.items()}
+            films = {i: archive.getinfo(f"{i:05d}.mp4") for i in kept if f"{i:05d}.mp4" in names}
+            small = {i: archive.read(film) for i, film in films.items() if film.file_size <= LARGEST_FILM}
+            return {i: _shown(archive.read(name), small.get(i)) for i, name in kept.items()}
     except (OSError, BadZipFile):
         return {}
+
+
+def _shown(content: bytes, film: bytes | None) -> Embedded:
+    """A picture, or a strip with its film."""
+    with Image.open(io.BytesIO(content)) as picture:
+        strip = picture.width > 3 * picture.height
+    if not strip:
+        return embed(content, WIDEST, LARGEST)
+    uri = "" if film is None else f"data:video/mp4;base64,{base64.b64encode(film).decode()}"
+    return replace(embed(content, WIDEST_STRIP, 2 * LARGEST), film=uri)
 
 
 def sheets(run: RunRecord) -> tuple[Sheet, ...]:
