@@ -50,7 +50,7 @@ def add_sample(commands: Any) -> None:
     parser.usage = "flowalign sample [-h] TARGET (--prompt TEXT | --prompts FILE) [options] [--model.key value ...]"
     parser.add_argument("target", metavar="TARGET", help="a run folder, a pipeline's folder or hub id, or 'shapes'")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given more than once")
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, or JSON lines with the key 'prompt'")
+    parser.add_argument("--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file")
     parser.add_argument("--lora", metavar="PATH", help="a folder or file of LoRA weights; a run's own by default")
     parser.add_argument("--base", action="store_true", help="without a run's LoRA: what its model was before")
     parser.add_argument("--steps", type=int, help="a run's own by default, otherwise 28")
@@ -179,7 +179,7 @@ def score(arguments: argparse.Namespace, words: list[str]) -> None:
     if arguments.prompt is not None and arguments.prompts is not None:
         raise ConfigError("--prompt and --prompts exclude each other")
     given = arguments.prompts if arguments.prompt is None else [arguments.prompt]
-    prompts = None if given is None else as_prompts(given)
+    prompts = None if given is None else as_prompts(given).all()
     reward = read_reward(arguments.reward, words, arguments.allow_code)
     items = scoring.pair(scoring.find(arguments.media), prompts)
     scores, small = scoring.score_files(reward, items, arguments.batch_size)

@@ -17,6 +17,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
 MOST_PIXELS = 64_000_000  # of one picture: more is a decompression bomb, or a mistake
 REFERENCES = "references"  # the key of a prompt's metadata that names the pictures its media should be like
+IMAGE = "image"  # that of the picture that a video starts from
 KEPT = 256  # sets of references that are kept in memory
 
 

@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +35,10 @@ def to_images(pixels: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(one)) for one in to_bytes(pixels).permute(0, 2, 3, 1).numpy()]
 
 
-def zipped(pixels: UInt8[Tensor, "b 3 h w"], whole: int) -> bytes:
+def zipped(pixels: Iterable[UInt8[Tensor, "3 _ _"]], whole: int, films: Mapping[int, bytes] = {}) -> bytes:
     """A zip file of pictures, 00000.png and so on: the first `whole` as they are, the others at 256 pixels at most.
 
-    The same pictures give the same bytes.
+    The same pictures give the same bytes. Videos in `films` stand beside their pictures as 00000.mp4 and so on.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as file:
@@ -49,18 +49,23 @@ def zipped(pixels: UInt8[Tensor, "b 3 h w"], whole: int) -> bytes:
             picture = io.BytesIO()
             image.save(picture, "PNG")
             file.writestr(zipfile.ZipInfo(f"{i:05d}.png"), picture.getvalue())
+        for i in sorted(films):
+            file.writestr(zipfile.ZipInfo(f"{i:05d}.mp4"), films[i])
     return buffer.getvalue()
 
 
-def unzipped(path: Path, count: int) -> Float[Tensor, "b 3 h w"]:
+def unzipped(path: Path, count: int) -> list[Float[Tensor, "3 _ _"]]:
     """The first `count` pictures of such a file."""
     with zipfile.ZipFile(path) as file:
         images = [Image.open(io.BytesIO(file.read(f"{i:05d}.png"))).convert("RGB") for i in range(count)]
-    return torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images]) / 255
+    return [torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255 for image in images]
 
 
-def grid(pixels: Float[Tensor, "b 3 h w"], captions: Sequence[str] = ()) -> bytes:
+def grid(pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 _ _"]], captions: Sequence[str] = ()) -> bytes:
     """A PNG with all pictures in rows, about as wide as high, and a caption under each if there are captions.
+
+    Strips of a video's frames, which are wider than three times their height, stand one below the other. Pictures of
+    other sizes are fitted into the largest one's place.
 
     Args:
         pixels: pictures in [0, 1].
@@ -68,27 +73,35 @@ def grid(pixels: Float[Tensor, "b 3 h w"], captions: Sequence[str] = ()) -> byte
 
     Raises: ValueError where the number of captions is another one, or there is no picture.
     """
-    images = to_images(pixels)
+    images = to_images(pixels) if isinstance(pixels, Tensor) else [to_images(one[None])[0] for one in pixels]
     if not images:
         raise ValueError("a grid needs at least one picture")
     if captions and len(captions) != len(images):
         raise ValueError(f"{len(images)} pictures but {len(captions)} captions")
-    factor = math.ceil(SMALLEST / images[0].width)
-    width, height = images[0].width * factor, images[0].height * factor
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    factor = math.ceil(SMALLEST / width)
+    width, height = width * factor, height * factor
     texts = [_wrap(caption, width) for caption in captions]
     strip = max((text.count("\n") + 1 for text in texts), default=0) * (TEXT + 4)
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = 1 if width > 3 * height else math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + strip + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
     for i, image in enumerate(images):
         left, top = GAP + i % columns * (width + GAP), GAP + i // columns * (height + strip + GAP)
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        sheet.paste(_fitted(image, width, height), (left, top))
         if texts:
             draw.multiline_text((left, top + height + 2), texts[i], fill="black", font=font, spacing=3)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
+    """As large as fits, without smoothing where it is enlarged by a whole factor."""
+    scale = min(width / image.width, height / image.height)
+    size = round(image.width * scale), round(image.height * scale)
+    return image.resize(size, Image.Resampling.NEAREST if scale == int(scale) else Image.Resampling.BICUBIC)
 
 
 def _wrap(caption: str, width: int) -> str:

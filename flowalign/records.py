@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +46,7 @@ class Condition:
     """What the network is told about each row of a batch; every field has the batch as its first dimension.
 
     A mask is true where an embedding is a token's, and false where it is padding that the network does not attend to.
+    Of a model that starts from a picture, `image` stands beside the latents, and `image_embeds` beside the prompt's.
     """
 
     prompt_embeds: Float[Tensor, "b n d"]
@@ -51,6 +55,8 @@ class Condition:
     negative_pooled_prompt_embeds: Float[Tensor, "b p"] | None = None
     prompt_mask: Bool[Tensor, "b n"] | None = None
     negative_prompt_mask: Bool[Tensor, "b n"] | None = None
+    image: Float[Tensor, "b c *x"] | None = None
+    image_embeds: Float[Tensor, "b m e"] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -92,6 +98,11 @@ class Step:
         samples = expand_rows(index, self.members)
         return Step(self.interval, self.latents[index], self.latents_next[samples], self.log_probs[samples])
 
+    def to(self, device: torch.device | None) -> Step:
+        """The same step on another device; None for where it is."""
+        held = (self.latents, self.latents_next, self.log_probs)
+        return Step(self.interval, *(value.to(device) for value in held))
+
 
 def expand_rows(index: Int[Tensor, " k"], members: int) -> Int[Tensor, " b"]:
     """The sample rows of the chosen parents: r becomes r * members ... (r + 1) * members - 1."""
@@ -117,7 +128,48 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Prompts:
+class Size:
+    """Of media, in pixels, and a video's frames; None where the model's own is meant."""
+
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Size:
+        """What a prompt's record asks for."""
+        return cls(metadata.get("height"), metadata.get("width"), metadata.get("frames"))
+
+
+class PromptSet(ABC):
+    """Prompts by their number, of which not all need be in memory."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def rows(self, index: Sequence[int]) -> Prompts:
+        """The chosen prompts, in the order given."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Tells this set from any other."""
+
+    @abstractmethod
+    def sizes(self) -> frozenset[Size]:
+        """All sizes that some prompt asks for, that of prompts which ask for none among them."""
+
+    def all(self) -> Prompts:
+        """All prompts, in memory."""
+        return self.rows(range(len(self)))
+
+    def some(self, count: int) -> Prompts:
+        """All, or of more than `count` about so many, spread evenly."""
+        return self.rows(range(0, len(self), -(-len(self) // count)))
+
+
+@dataclass(frozen=True)
+class Prompts(PromptSet):
     """A list of prompts, each with a record of its own (a reward's targets, a category); text need not be unique.
 
     `groups` numbers the groups that are compared with one another, where samples of a batch belong to some.
@@ -136,10 +188,40 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.text)
 
-    def rows(self, index: list[int]) -> Prompts:
-        """The chosen prompts, in the order given."""
+    def rows(self, index: Sequence[int]) -> Prompts:
         groups = None if self.groups is None else tuple(self.groups[i] for i in index)
         return Prompts(tuple(self.text[i] for i in index), tuple(self.metadata[i] for i in index), groups)
+
+    def all(self) -> Prompts:
+        return self
+
+    def fingerprint(self) -> str:
+        told = json.dumps([self.text, self.metadata], default=lambda value: type(value).__qualname__)
+        return f"{len(self)} prompts, SHA-256 {sha256(told.encode()).hexdigest()}"
+
+    def sizes(self) -> frozenset[Size]:
+        return frozenset(map(Size.of, self.metadata))
+
+    def negatives(self) -> tuple[str | None, ...]:
+        """What each prompt's unconditional call is told, None for the model's own negative prompt."""
+        return tuple(row.get("negative_prompt") for row in self.metadata)
+
+    def images(self) -> tuple[str, ...]:
+        """The file that each prompt's video starts from; none where no prompt names one.
+
+        Raises: ValueError where some do and others do not.
+        """
+        named = [row.get("image") for row in self.metadata]
+        files = [name for name in named if isinstance(name, str)]
+        if files and len(files) < len(named):
+            without = next(i for i, name in enumerate(named) if not isinstance(name, str))
+            raise ValueError(f"prompt {self.text[without]!r} has no image to start from, others of its batch have one")
+        return tuple(files)
+
+    def noise_keys(self, numbers: Sequence[int]) -> list[int]:
+        """What each prompt's noise is drawn by when it is not trained on: its seed, else its number."""
+        seeds = [row.get("seed") for row in self.metadata]
+        return [number if seed is None else seed for seed, number in zip(seeds, numbers, strict=True)]
 
 
 @dataclass(frozen=True)

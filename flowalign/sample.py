@@ -14,14 +14,17 @@ from torch import Tensor
 from flowalign.config import ConfigError, build, load_yaml, override
 from flowalign.models import Model, family_of
 from flowalign.models.loading import pipeline_class
-from flowalign.pictures import grid, to_images
+from flowalign.pictures import grid, to_bytes, to_images
 from flowalign.progress import Progress
-from flowalign.prompts import as_prompts
+from flowalign.prompts import PromptData, as_prompts
 from flowalign.randomness import key_noise
+from flowalign.records import Prompts
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
+from flowalign.sizes import Call, calls_of
 from flowalign.tracking import write_atomically
 from flowalign.transitions import ODE
+from flowalign.videos import check_writable, mp4, stills
 
 
 def start_noise(model: Model, seed: int, purpose: str, index: Sequence[int]) -> Float[Tensor, b * d]:
@@ -32,22 +35,28 @@ def start_noise(model: Model, seed: int, purpose: str, index: Sequence[int]) -> 
 @torch.no_grad()
 def pictures(
     model: Model,
-    texts: Sequence[str],
+    prompts: PromptData,
     steps: int,
     guidance_scale: float,
     seed: int = 0,
     purpose: str = "sample",
     rows_per_call: int = 64,
-    calls: range | None = None,
+    calls: Sequence[Call] | None = None,
 ) -> Iterator[Float[Tensor, "b *frames 3 h w"]]:
-    """The pictures of texts, `rows_per_call` at a time and in order, in [0, 1]; of some of those calls, or of all."""
-    path, sigmas, policy = Path((ODE(),) * steps), model.sigmas(steps), Policy(guidance_scale)
-    parts = torch.arange(len(texts)).split(rows_per_call)
-    for call in range(len(parts)) if calls is None else calls:
-        index = parts[call].tolist()
-        noise = start_noise(model, seed, purpose, index).to(model.device)
-        made = rollout(model, model.encode([texts[i] for i in index]), noise, sigmas, path, policy)
-        yield model.decode(made.latents)
+    """The pictures of prompts in [0, 1], call by call; by default in the calls that `calls_of` makes of all.
+
+    Prompts may say a negative_prompt, their size, and the seed of their noise, which is their number by default.
+    """
+    prompts = as_prompts(prompts).all()
+    for call in calls_of(model, prompts, rows_per_call) if calls is None else calls:
+        told = prompts.rows(call.rows)
+        with model.sized(call.size):
+            latents = start_noise(model, seed, purpose, told.noise_keys(call.rows)).to(model.device)
+            condition = model.condition(told)
+            path, policy = Path((ODE(),) * steps), Policy(guidance_scale)
+            latents = rollout(model, condition, latents, model.sigmas(steps), path, policy).latents
+            pixels = model.decode(latents)
+        yield pixels
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,13 @@ class Request:
 def save_pictures(request: Request) -> FilePath:
     """Write `0000.png` ... and `grid.png` into the folder asked for; returns the sheet's path.
 
+    A video is `0000.mp4`, and its PNG a strip of its frames.
+
     Raises: ValueError for settings that do not go together, before a model is loaded.
     """
-    texts = request.prompt + (as_prompts(request.prompts).text if request.prompts else ())
-    if not texts:
+    held = as_prompts(request.prompts).all() if request.prompts else Prompts((), ())
+    prompts = Prompts(request.prompt + held.text, ({},) * len(request.prompt) + held.metadata)
+    if not len(prompts):
         raise ValueError("sample needs --prompt TEXT or --prompts FILE")
     unknown = [key for key in request.options if not key.startswith("model.")]
     if unknown:
@@ -91,17 +103,28 @@ def save_pictures(request: Request) -> FilePath:
     config = override(_config(request), request.options)
     model: Model = build(_model_of, {"model": config["model"]}, request.allow_code)
     steps, scale = _settings(request, config)
+    if model.fps is not None:
+        check_writable()
+    calls = calls_of(model, prompts, request.batch_size)
     request.out.mkdir(parents=True, exist_ok=True)
-    progress = Progress(-(-len(texts) // request.batch_size))
-    made: list[Tensor] = []
-    for pixels in pictures(model, texts, steps, scale, request.seed, rows_per_call=request.batch_size):
-        for image in to_images(pixels):
-            image.save(request.out / f"{len(made):04d}.png")
-            made.append(pixels[len(made) % request.batch_size].cpu())
+    progress = Progress(len(calls))
+    made: dict[int, Tensor] = {}
+    drawn = pictures(model, prompts, steps, scale, request.seed, calls=calls)
+    for call, pixels in zip(calls, drawn, strict=True):
+        _save(request.out, call, pixels, model.fps)
+        made |= zip(call.rows, stills(pixels).cpu(), strict=True)
         progress.update(len(pixels), {})
     progress.close()
-    write_atomically(request.out / "grid.png", grid(torch.stack(made), texts))
+    write_atomically(request.out / "grid.png", grid([made[i] for i in sorted(made)], prompts.text))
     return request.out / "grid.png"
+
+
+def _save(out: FilePath, call: Call, pixels: Float[Tensor, "b *frames 3 h w"], fps: float | None) -> None:
+    """A PNG of each, and an MP4 of each video."""
+    for i, one, image in zip(call.rows, to_bytes(pixels), to_images(stills(pixels).cpu()), strict=True):
+        image.save(out / f"{i:04d}.png")
+        if fps is not None:
+            write_atomically(out / f"{i:04d}.mp4", mp4(one, fps))
 
 
 def _model_of(model: Model) -> Model:

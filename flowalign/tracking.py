@@ -124,7 +124,12 @@ class Run:
         for name, file in self._logs.items():
             file.truncate(min(written.get(name, 0), (self.folder / name).stat().st_size))
 
-    def save_grid(self, name: str, pixels: Float[Tensor, "b 3 h w"], captions: Sequence[str] = ()) -> Path:
+    def save_grid(
+        self,
+        name: str,
+        pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 _ _"]],
+        captions: Sequence[str] = (),
+    ) -> Path:
         """Write pictures in [0, 1], with a caption under each if given, as `samples/<name>.png`; returns the path.
 
         The file appears whole or not at all. Small pictures are enlarged without smoothing.

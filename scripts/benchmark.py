@@ -193,10 +193,10 @@ class Timed(SD3):
         self.prices: list[Prices] = []
         self.timing, self.paused = True, 0.0
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str | None] | None = None) -> Condition:
         if self.timing:
             self.pause()
-        return super().encode(prompts)
+        return super().encode(prompts, negatives)
 
     def pause(self) -> None:
         """Time each kind of call once, and add to `paused` the seconds that this took."""

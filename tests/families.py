@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -17,10 +16,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from flowalign.models import SD3, PipelineModel, StableDiffusion, StableDiffusionXL
-from tests.tiny import byte_tokenizer, tiny_sd3
+from flowalign.models import SD3, Flux, PipelineModel, QwenImage, StableDiffusion, StableDiffusionXL, Wan, ZImage
+from tests.tiny import byte_tokenizer, small_vae, text_config, tiny_sd3
+from tests.tiny_flux import tiny_flux
+from tests.tiny_qwen_image import tiny_qwen_image
+from tests.tiny_wan import tiny_wan, tiny_wan_5b
+from tests.tiny_z_image import tiny_z_image
 
 ALPHAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
 
@@ -31,9 +34,11 @@ class Case:
 
     make: the pipeline, with the same weights at every call, and with the first-order scheduler that it is compared to.
     adapt: its adapter. options: arguments of both the adapter and of the pipeline's call. steps: of a rollout.
-    sizes: what else is asked for: height and width, or frames; {} for the defaults.
-    guided: a scale of the family's guidance. packed: our latents as the pipeline takes and gives them.
+    sizes: what else is asked for: height and width, or frames; {} for the defaults. The first is all tests' own.
+    guided: a scale of the family's guidance. scale: what the pipeline calls it, under the name of scale_name.
+    packed: our latents as the pipeline takes and gives them.
     unused: modules whose result the network throws away, so that their policy has no gradient.
+    guides: whether the guidance scale makes a difference.
     """
 
     name: str
@@ -44,9 +49,11 @@ class Case:
     steps: int = 5
     guided: float = 4.5
     scale_name: str = "guidance_scale"
+    scale: Callable[[float], float] = lambda guidance: guidance
     calls: Mapping[str, Any] = field(default_factory=dict)
     packed: Callable[[PipelineModel, Tensor], Tensor] = lambda model, latents: latents
     unused: tuple[str, ...] = ()
+    guides: bool = True
     tolerance: float = 1e-5
 
 
@@ -64,36 +71,6 @@ def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipe
         return pipe
 
     return make
-
-
-def text_config(width: int = 16, projection: int = 16) -> CLIPTextConfig:
-    tokenizer = byte_tokenizer()
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=projection,
-        max_position_embeddings=40,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def small_vae(scaling_factor: float = 0.5) -> AutoencoderKL:
-    """A picture of 32 pixels is 4 x 16 x 16."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=scaling_factor,
-    )
 
 
 def small_unet(cross_attention_dim: int = 16, **more: Any) -> UNet2DConditionModel:
@@ -158,6 +135,19 @@ def euler(**changes: Any) -> EulerDiscreteScheduler:
 
 TURBO = {"timestep_spacing": "trailing", "steps_offset": 0}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0}
+VIDEOS = ({"height": 32, "width": 32, "frames": 5}, {"height": 64, "width": 32, "frames": 9})
+
+
+def packed(model: Any, latents: Tensor) -> Tensor:
+    return model.pack(latents)
+
+
+def less_one(guidance: float) -> float:
+    return guidance - 1
+
+
+PICTURES = ({"height": 32, "width": 32}, {"height": 48, "width": 32})
+TOLD, LONGER = {"max_sequence_length": 24}, {"max_sequence_length": 48}  # Z-Image pads to multiples of 32
 CASES = (
     Case(
         "sd3",
@@ -174,4 +164,26 @@ CASES = (
     Case("sdxl", tiny_sdxl(euler()), StableDiffusionXL),
     Case("sdxl karras", tiny_sdxl(euler(use_karras_sigmas=True)), StableDiffusionXL),
     Case("sdxl-turbo, 4 steps", tiny_sdxl(euler(**TURBO)), StableDiffusionXL, steps=4),
+    Case("wan", seeded(tiny_wan), Wan, options={"max_sequence_length": 12}, sizes=VIDEOS),
+    Case("wan 2.2 5b", seeded(tiny_wan_5b), Wan, {"max_sequence_length": 12}, VIDEOS),
+    Case("flux dev", seeded(tiny_flux), Flux, TOLD, packed=packed),
+    Case("flux schnell", seeded(lambda: tiny_flux(guidance=False)), Flux, TOLD, steps=4, packed=packed, guides=False),
+    Case(
+        "qwen-image",
+        seeded(tiny_qwen_image),
+        QwenImage,
+        TOLD,
+        scale_name="true_cfg_scale",
+        calls={"negative_prompt": ["", ""]},
+        packed=packed,
+    ),
+    Case("z-image", seeded(tiny_z_image), ZImage, LONGER, PICTURES, scale=less_one),
+    Case(
+        "z-image, bounded guidance",
+        seeded(lambda: tiny_z_image(dynamic=True)),
+        ZImage,
+        LONGER | {"cfg_normalization": 1.0, "cfg_truncation": 0.6},
+        PICTURES,
+        scale=less_one,
+    ),
 )

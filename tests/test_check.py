@@ -54,7 +54,7 @@ def test_the_command_reports_and_leaves_the_run_folder_alone(tmp_path, capsys):
     heads = [line for line in shown.out.splitlines() if line and not line.startswith((" ", "warning"))]
     assert heads == [
         "model", "reward", "geometry of an epoch", "plan", "calls of an epoch", "tiny step", "time (an estimate)",
-        "memory and disk", "no problems found",
+        "memory of a GPU (predicted)", "memory and disk", "no problems found",
     ]  # fmt: skip
     assert "exactly 1, as it has to be" in shown.out
     assert "FlowSDE(noise_level=1.0)" in shown.out

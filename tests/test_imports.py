@@ -18,7 +18,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 FORBIDDEN = {"flowalign": ("rewards", "trainers"), "rewards": ("trainers",), "trainers": ()}
 TOP = ("flowalign/cli.py", "flowalign/commands.py", "flowalign/__main__.py", "flowalign/evaluation/")
 OPTIONAL = ("torchvision", "open_clip", "timm", "bitsandbytes", "torchao", "xformers", "deepspeed", "rapidocr")
-OPTIONAL += ("fastapi", "starlette", "uvicorn", "httpx", "av", "ftfy")
+OPTIONAL += ("fastapi", "starlette", "uvicorn", "httpx", "av", "ftfy", "pyarrow", "datasets")
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 UNSAFE_CALLS = (
     "yaml.load",

@@ -72,7 +72,7 @@ def test_score_shows_references(data, capsys):
 
 
 def test_some_with_references_and_some_without_are_refused(data):
-    prompts = as_prompts(str(data / "prompts.jsonl"))
+    prompts = as_prompts(str(data / "prompts.jsonl")).all()
     assert shown(torch.rand(2, 3, 8, 8), Prompts(("a", "b"), ({}, {}))).references is None
     mixed = Prompts(("a red thing", "no one"), (prompts.metadata[0], {}))
     with pytest.raises(ValueError, match="prompt 'no one' has no references"):

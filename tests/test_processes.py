@@ -19,6 +19,7 @@ from flowalign.transitions import FlowSDE
 from tests import processes
 from tests.jobs import job, rows
 from trainers import Optimizer, Sampling
+from trainers.collection import gather_files
 
 GENTLE = Optimizer(
     3e-4,  # the default: AdamW moves what has no gradient but rounding by up to its learning rate
@@ -116,6 +117,15 @@ def exchange(rank: int) -> tuple[list[float], list[float], list[str]]:
 def test_sums_largest_values_and_texts_reach_every_process(tmp_path):
     for found in processes.run(3, tmp_path, exchange):
         assert found == ([3.0, 6.0, 9.0, *[111.0] * 4], [2.0, 0.0], ["", "ab", "abab"])
+
+
+def films(rank: int) -> dict[int, bytes]:
+    return gather_files({0: {4: b"four", 1: b""}, 1: {}, 2: {0: b"\x00\xff"}}[rank])
+
+
+def test_files_of_any_size_reach_every_process(tmp_path):
+    for found in processes.run(3, tmp_path, films):
+        assert found == {0: b"\x00\xff", 1: b"", 4: b"four"}
 
 
 def failing(rank: int) -> str:

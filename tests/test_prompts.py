@@ -17,10 +17,10 @@ def test_prompts_come_from_lists_text_files_and_json_lines(tmp_path):
     given = Prompts(("a",), ({"tag": 1},))
     assert as_prompts(given) is given
     (tmp_path / "p.txt").write_text("\ufeffa cat\r\n  a dog \n\n", "utf-8")
-    assert as_prompts(str(tmp_path / "p.txt")).text == ("a cat", "a dog")
+    assert as_prompts(str(tmp_path / "p.txt")).all().text == ("a cat", "a dog")
     lines = [{"prompt": "a cat", "tag": "single"}, {"prompt": "two cats", "include": [{"count": 2}]}]
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    read = as_prompts(str(tmp_path / "p.jsonl"))
+    read = as_prompts(str(tmp_path / "p.jsonl")).all()
     assert read.text == ("a cat", "two cats")
     assert read.metadata == ({"tag": "single"}, {"include": [{"count": 2}]})
 

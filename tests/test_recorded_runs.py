@@ -82,7 +82,7 @@ class RecordedPrompts(SD3):
 
     recorded: Condition
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str | None] | None = None) -> Condition:
         return self.recorded.rows(torch.tensor([int(prompt) for prompt in prompts]))
 
 

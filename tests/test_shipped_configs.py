@@ -10,6 +10,7 @@ import torch
 
 from flowalign.cli import parse_trainer
 from flowalign.config import arguments_of, load_yaml
+from flowalign.models import Flux
 from flowalign.records import Media, Prompts
 from rewards import parse_reward
 from rewards.base import as_reward
@@ -57,6 +58,19 @@ def test_flow_grpo_settings_are_the_published_ones(short: str, beta: float, metr
     model = config["model"]
     assert (model["height"], model["width"], model["max_sequence_length"]) == (512, 512, 128)
     assert (model["lora"]["rank"], model["lora"]["alpha"], model["mixed_precision"]) == (32, 64, "fp16")
+
+
+def test_flow_grpo_on_flux_is_the_published_one() -> None:
+    config = resolved("flow_grpo/flux.1-dev_pickscore.yaml")
+    assert (config["kl_coef"], config["clip_range"], config["step_fraction"]) == (0, 1e-4, 0.99)
+    assert (config["updates_per_epoch"], config["evaluation"]["steps"], config["evaluation"]["every"]) == (2, 28, 30)
+    sampling, model = config["sampling"], config["model"]
+    assert [sampling[key] for key in ("groups", "group_size", "steps", "guidance_scale")] == [48, 24, 6, 3.5]
+    assert sampling["plan"]["transition"] == {"class": "flowalign.transitions.FlowSDE", "noise_level": 0.9}
+    assert (config["optimizer"]["learning_rate"], config["optimizer"]["ema_decay"]) == (3e-4, 0.9)
+    assert (model["height"], model["width"], model["max_sequence_length"]) == (512, 512, 128)
+    assert (model["lora"]["rank"], model["lora"]["alpha"], model["mixed_precision"]) == (64, 128, "bf16")
+    assert {*Flux.targets} < {*model["lora"]["targets"]}
 
 
 def test_pickscore_is_divided_by_26() -> None:

@@ -22,8 +22,8 @@ from flowalign.distributed import check_started, on_main, world_size
 from flowalign.interrupt import StopRequest
 from flowalign.models import as_model
 from flowalign.models.base import Model
-from flowalign.prompts import as_prompts
-from flowalign.records import Interval, Prompts, Scores
+from flowalign.prompts import PromptData, as_prompts
+from flowalign.records import Interval, Scores
 from flowalign.rollout import Policy, Replay
 from flowalign.schedules import Path
 from flowalign.tracking import Run, TrackerName
@@ -46,7 +46,7 @@ class Trainer(ABC):
         self,
         model: Model | DiffusionPipeline | str,
         reward: Reward | Callable[..., Any] | str,
-        prompts: Prompts | Sequence[str] | str,
+        prompts: PromptData,
         sampling: Sampling,
         policy: Policy,
         optimizer: Optimizer,
@@ -253,10 +253,10 @@ class Trainer(ABC):
         group_ids = torch.arange(self.sampling.groups).repeat_interleave(self.sampling.group_size)
         scores = gather_scores([part.scores for part in parts], samples, len(group_ids))
         advantages, weights = self._valid_credit(scores, group_ids, epoch.number)
-        texts = tuple(self.collection.text(epoch, row) for row in range(len(epoch.rows)))
+        told = self.collection.told_rows(epoch, range(len(epoch.rows)))
         return Batch(
-            epoch.path, torch.tensor([*rows], dtype=torch.int64), texts, join_steps_of(parts), scores, group_ids,
-            advantages, weights,
+            epoch.path, torch.tensor([*rows], dtype=torch.int64), told.text, join_steps_of(parts), scores, group_ids,
+            advantages, weights, told.negatives(), epoch.buckets, self.model.images(told),
         )  # fmt: skip
 
     def _valid_credit(self, scores: Scores, group_ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:

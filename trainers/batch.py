@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowalign.records import Scores, Step
+from flowalign.models.base import Model
+from flowalign.records import Condition, Scores, Size, Step
 from flowalign.schedules import Path, Plan
 
 
@@ -40,12 +42,36 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """Rows of an epoch, one after another, whose media have one size."""
+
+    size: Size
+    rows: range
+
+    def among(self, rows: range) -> range:
+        """Those of its rows that are among these."""
+        start = max(rows.start, self.rows.start)
+        return range(start, max(start, min(rows.stop, self.rows.stop)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a batch that one process holds and whose media have one size, and their stochastic steps."""
+
+    size: Size
+    rows: Int[Tensor, " r"]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
 class Batch:
     """What an epoch's update needs. A row is what one row of a trained network call holds: a sample, or a group.
 
     rows: the epoch's rows that this process holds, and steps: those rows of every stochastic step.
-    All else is of the whole epoch, on every process. texts: the prompt of each row. Scores and advantages are per
-    sample, samples contiguous by row; weights are 0 for samples without a valid score.
+    All else is of the whole epoch, on every process. texts: the prompt of each row; negatives: what its unconditional
+    call is told, if not what all are; images: the files that their media start from, if they do. Scores and advantages
+    are per sample, samples contiguous by row; weights are 0 for samples without a valid score. buckets: the rows by
+    size; by default all have the model's own. The steps of one size follow those of another.
     """
 
     path: Path
@@ -56,6 +82,24 @@ class Batch:
     group_ids: Int[Tensor, " b"]
     advantages: Float[Tensor, b * t]
     weights: Float[Tensor, " b"]
+    negatives: tuple[str | None, ...] = ()
+    buckets: tuple[Bucket, ...] = ()
+    images: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What this process holds, by size."""
+        buckets = self.buckets or (Bucket(Size(), range(len(self.texts))),)
+        inside = [(self.rows >= one.rows.start) & (self.rows < one.rows.stop) for one in buckets]
+        held = [(one.size, self.rows[chosen]) for one, chosen in zip(buckets, inside, strict=True) if chosen.any()]
+        each = len(self.steps) // max(len(held), 1)
+        return tuple(Part(*one, self.steps[i * each : (i + 1) * each]) for i, one in enumerate(held))
+
+    def condition(self, model: Model, rows: Sequence[int]) -> Condition:
+        """What the network is told of rows."""
+        negatives = [self.negatives[row] for row in rows] if self.negatives else None
+        told = model.encode([self.texts[row] for row in rows], negatives)
+        return model.condition_on(told, [self.images[row] for row in rows]) if self.images else told
 
     @property
     def members(self) -> int:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,11 +20,11 @@ from flowalign.media import shown
 from flowalign.models.base import Model
 from flowalign.prompts import epoch_prompts
 from flowalign.randomness import key_noise, keyed_globals
-from flowalign.records import Prompts, Scores, Step, join_steps
+from flowalign.records import Prompts, PromptSet, Scores, Size, Step, join_steps
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
 from rewards.base import Reward, join_scores
-from trainers.batch import Sampling, detached
+from trainers.batch import Bucket, Sampling, detached
 from trainers.state import Collected
 
 
@@ -28,7 +32,8 @@ from trainers.state import Collected
 class Epoch:
     """What an epoch samples, a function of the seed and its number; the same on every process.
 
-    rows: (group, first member) of each row of a network call. texts: its prompt. members: samples per row.
+    prompts: of each group, those with media of one size together. rows: (group, first member) of each row of a network
+    call. members: samples per row. buckets: the rows by size.
     """
 
     number: int
@@ -36,17 +41,35 @@ class Epoch:
     prompts: tuple[int, ...]
     rows: tuple[tuple[int, int], ...]
     members: int
+    buckets: tuple[Bucket, ...]
+
+    def cuts(self, batch_size: int) -> list[int]:
+        """The first row of each micro-batch, whose rows have one size; then the number of rows."""
+        return [row for bucket in self.buckets for row in bucket.rows[::batch_size]] + [len(self.rows)]
 
 
 class Collection:
     """Makes the micro-batches of an epoch. Each is the same whichever process makes it, to the last bit."""
 
     def __init__(
-        self, model: Model, reward: Reward, prompts: Prompts, sampling: Sampling, policy: Policy, seed: int
+        self, model: Model, reward: Reward, prompts: PromptSet, sampling: Sampling, policy: Policy, seed: int
     ) -> None:
         self.model, self.reward, self.prompts = model, reward, prompts
+        self.told = lru_cache(maxsize=4)(prompts.rows)  # an epoch's prompts are read once
         self.sampling, self.policy, self.seed = sampling, policy, seed
-        self.sigmas = model.sigmas(sampling.steps)
+        self.sizes = {asked: model.media_size(asked) for asked in prompts.sizes()}
+        self.grids, elements = dict[Size, list[float]](), dict[Size, int]()
+        for size in {*self.sizes.values()}:
+            with model.sized(size):
+                self.grids[size], elements[size] = model.sigmas(sampling.steps), math.prod(model.latent_shape)
+        self.largest = max(elements.values())  # numbers of one sample's latents
+        # the largest first, so that what a run needs shows at its start
+        self.order = sorted(elements, key=lambda size: (-elements[size], size.height, size.width))
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The grid of the rollouts; of several sizes, that of the largest."""
+        return self.grids[self.order[0]]
 
     def epoch(self, number: int) -> Epoch:
         """What the epoch samples."""
@@ -55,13 +78,26 @@ class Collection:
         chosen = epoch_prompts(len(self.prompts), sampling.groups, number, self.seed)
         members = 1 if path.branch is None else sampling.group_size
         firsts = range(0, sampling.group_size, members)
-        return Epoch(
-            number, path, tuple(chosen), tuple((g, m) for g in range(sampling.groups) for m in firsts), members
-        )
+        groups, buckets = self._by_size(tuple(chosen), len(firsts))
+        rows = tuple((g, m) for g in range(sampling.groups) for m in firsts)
+        return Epoch(number, path, groups, rows, members, buckets)
+
+    def _by_size(self, chosen: tuple[int, ...], rows: int) -> tuple[tuple[int, ...], tuple[Bucket, ...]]:
+        """Prompts, those of one size together, and what that makes of rows, so many for each of them."""
+        if len(self.order) == 1:
+            return chosen, (Bucket(self.order[0], range(len(chosen) * rows)),)
+        asked = [self.sizes[Size.of(metadata)] for metadata in self.told(chosen).metadata]
+        sorted_, buckets = list[int](), list[Bucket]()
+        for size in self.order:
+            start = len(sorted_)
+            sorted_ += [prompt for prompt, one in zip(chosen, asked, strict=True) if one == size]
+            if len(sorted_) > start:
+                buckets.append(Bucket(size, range(start * rows, len(sorted_) * rows)))
+        return tuple(sorted_), tuple(buckets)
 
     def micro_batches(self, epoch: Epoch) -> int:
         """How many the epoch has, over all processes."""
-        return -(-len(epoch.rows) // self.sampling.batch_size)
+        return len(epoch.cuts(self.sampling.batch_size)) - 1
 
     def mine(self, epoch: Epoch, process: int | None = None) -> range:
         """Those of a process, by default of this one."""
@@ -69,18 +105,24 @@ class Collection:
 
     def rows_of(self, epoch: Epoch, micro_batches: range) -> range:
         """The rows that consecutive micro-batches hold."""
-        size = self.sampling.batch_size
-        return range(micro_batches.start * size, min(micro_batches.stop * size, len(epoch.rows)))
+        cuts = epoch.cuts(self.sampling.batch_size)
+        return range(cuts[micro_batches.start], cuts[micro_batches.stop])
 
-    def text(self, epoch: Epoch, row: int) -> str:
-        """The prompt of a row."""
-        return self.prompts.text[epoch.prompts[epoch.rows[row][0]]]
+    def told_rows(self, epoch: Epoch, rows: Iterable[int]) -> Prompts:
+        """The prompts of rows."""
+        return self.told(epoch.prompts).rows([epoch.rows[row][0] for row in rows])
 
     def collect(self, epoch: Epoch, index: int) -> Collected:
         """One micro-batch, padded to the shape of the others so that its replay can have it too."""
+        first = self.rows_of(epoch, range(index, index + 1)).start
+        size = next(bucket.size for bucket in epoch.buckets if first in bucket.rows)
+        with self.model.sized(size):
+            return self._collect(epoch, index, self.grids[size])
+
+    def _collect(self, epoch: Epoch, index: int, sigmas: list[float]) -> Collected:
         rows, members = [*self.rows_of(epoch, range(index, index + 1))], epoch.members
         padded = rows + [rows[-1]] * (self.sampling.batch_size - len(rows))
-        groups = [epoch.rows[row] for row in padded]
+        groups, asked = [epoch.rows[row] for row in padded], self.told_rows(epoch, padded)
         samples = [(g, m) for g, first in groups for m in range(first, first + members)]
         shape, shared = self.model.latent_shape, members > 1
 
@@ -92,9 +134,9 @@ class Collection:
         with self.model.meter.phase("rollout"):
             made = rollout(
                 self.model,
-                self.model.encode([self.text(epoch, row) for row in padded]),
+                self.model.condition(asked),
                 torch.stack(starts).to(self.model.device),
-                self.sigmas,
+                sigmas,
                 epoch.path,
                 self.policy,
                 step_noise,
@@ -104,10 +146,10 @@ class Collection:
         kept = len(rows) * members
         pixels = self.decode(made.latents[:kept])
         compared = tuple(group for group, _ in samples[:kept])
-        told = replace(self.prompts.rows([epoch.prompts[group] for group in compared]), groups=compared)
+        told = replace(self.told(epoch.prompts).rows(compared), groups=compared)
         with self.model.meter.phase("reward"), keyed_globals(self.seed, "reward", epoch.number, index):
-            scores = detached(self.reward(shown(pixels, told), told))
-        steps = [step.rows(torch.arange(kept // step.members)) for step in made.steps]
+            scores = detached(self.reward(shown(pixels, told, self.model.fps), told))
+        steps = [step.rows(torch.arange(kept // step.members)).to(self.model.steps_device) for step in made.steps]
         return Collected(tuple(steps), scores)
 
     @torch.no_grad()
@@ -139,8 +181,9 @@ class Collection:
 
 
 def join_steps_of(parts: Sequence[Collected]) -> tuple[Step, ...]:
-    """The steps of several micro-batches, rows in order; none of none."""
-    return tuple(join_steps(same) for same in zip(*(part.steps for part in parts), strict=True))
+    """The steps of several micro-batches, rows in order; where sizes differ those of one size after another's."""
+    alike = [[*same] for _, same in groupby(parts, lambda part: [step.latents.shape[1:] for step in part.steps])]
+    return tuple(join_steps(same) for one in alike for same in zip(*(part.steps for part in one), strict=True))
 
 
 def gather_scores(parts: Sequence[Scores], at: range, total: int) -> Scores:
@@ -158,6 +201,20 @@ def gather_scores(parts: Sequence[Scores], at: range, total: int) -> Scores:
         rows[:, at.start : at.stop] = torch.stack([held.total, held.valid.float(), *held.parts.values()])
     sum_over_ranks([rows])
     return Scores(rows[0], dict(zip(names, rows[2:], strict=True)), rows[1] > 0)
+
+
+def gather_files(mine: Mapping[int, bytes]) -> dict[int, bytes]:
+    """The files of all processes on every one, by number; no two processes have the same."""
+    if world_size() == 1:
+        return dict(mine)
+    told = gather_text(json.dumps({number: len(content) for number, content in mine.items()}))
+    sizes = {int(number): size for text in told for number, size in json.loads(text).items()}
+    held = {number: torch.zeros(size, dtype=torch.uint8) for number, size in sorted(sizes.items())}
+    for number, content in mine.items():
+        held[number] = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+    for whole in held.values():
+        sum_over_ranks([whole])
+    return {number: whole.numpy().tobytes() for number, whole in held.items()}
 
 
 def gather_rows(mine: Tensor | None, at: range, total: int) -> Tensor:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from flowalign import checkpoint
-from flowalign.records import Prompts
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -20,23 +18,17 @@ FIXED = ("trainer", "seed", "updates_per_epoch", "evaluation.prompts", "held_out
 
 def facts(trainer: Trainer, config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of a trainer, as they are kept with a checkpoint; plain data."""
+    held_out = trainer.evaluator.prompts
     held: dict[str, Any] = {
         "seed": trainer.seed,
         "updates_per_epoch": trainer.updates_per_epoch,
-        "prompts": _fingerprint(trainer.prompts),
-        "held_out": _fingerprint(trainer.evaluator.prompts),
+        "prompts": trainer.prompts.fingerprint(),
+        "held_out": "none" if held_out is None else held_out.fingerprint(),
         "sampling": repr(trainer.sampling),
         "optimizer": repr(trainer.optimizer.settings),
     }
     plain: dict[str, Any] = json.loads(json.dumps(held | ({"config": dict(config)} if config is not None else {})))
     return plain
-
-
-def _fingerprint(prompts: Prompts | None) -> str:
-    if prompts is None:
-        return "none"
-    told = json.dumps([prompts.text, prompts.metadata], default=lambda value: type(value).__qualname__)
-    return f"{len(prompts)} prompts, SHA-256 {sha256(told.encode()).hexdigest()}"
 
 
 def changed(known: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ paper (std over the batch, KL without |dt|), the config names which one is meant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
@@ -19,7 +19,8 @@ from torch import Tensor
 from flowalign.advantages import flow_grpo_advantages
 from flowalign.models.base import Model
 from flowalign.objectives import clipped_policy_loss, policy_diagnostics
-from flowalign.records import Interval, Prompts, Scores
+from flowalign.prompts import PromptData
+from flowalign.records import Interval, Scores
 from flowalign.rollout import LogProb, Policy, Replay
 from flowalign.schedules import AllSteps, Path
 from flowalign.tracking import TrackerName
@@ -41,7 +42,7 @@ class FlowGRPO(Trainer):
     Args:
         model: a diffusers pipeline, its folder or hub id, or an adapter with settings of its own (`flowalign.models`).
         reward: any reward, any callable (media, prompts) -> b scores, or a formula such as "pickscore/26 + ocr".
-        prompts: texts, a file of them, or prompts with metadata.
+        prompts: texts, a file of them, a dataset, or prompts with metadata; see `flowalign.prompts`.
         sampling: rollouts; see `Sampling`.
         optimizer: see `Optimizer`.
         evaluation: see `Evaluation`; without prompts of its own there is none.
@@ -65,7 +66,7 @@ class FlowGRPO(Trainer):
         self,
         model: Model | DiffusionPipeline | str,
         reward: Reward | Callable[..., Any] | str,
-        prompts: Prompts | Sequence[str] | str,
+        prompts: PromptData,
         sampling: Sampling = Sampling(AllSteps(FlowSDE(0.7))),
         optimizer: Optimizer = Optimizer(),
         evaluation: Evaluation = Evaluation(),

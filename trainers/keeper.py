@@ -58,7 +58,7 @@ class Keeper:
     def __init__(self, trainer: Trainer, run: Run, config: Mapping[str, Any] | None, settings: Checkpoints) -> None:
         self.trainer, self.run, self.config, self.settings = trainer, run, config, settings
         self.folder = run.folder / "checkpoints"
-        self.facts = facts(trainer, config)  # once: it reads all prompts
+        self.facts = facts(trainer, config)  # once: a file of prompts is read for it
         self.progress = Progress(trainer.epochs)
         self._broken: set[str] = set()
         self._place: tuple[int, int] | None = None  # of the last save

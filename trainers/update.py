@@ -14,7 +14,7 @@ from flowalign.randomness import key_generator
 from flowalign.records import Condition, Step, expand_rows
 from flowalign.rollout import Replay, replay
 from flowalign.transitions import Transition
-from trainers.batch import Batch
+from trainers.batch import Batch, Part
 from trainers.watch import Watch, save_bad
 
 if TYPE_CHECKING:
@@ -94,28 +94,41 @@ class Update:
         total = batch.weights[expand_rows(rows, batch.members)].sum() * len(self.trained)
         if total == 0:
             return
-        held = rows[torch.isin(rows, batch.rows)]
-        mine = held.split(trainer.sampling.batch_size) if len(held) else ()
-        turns = self._turns(rows)
+        mine = self._micro_batches(rows)
+        turns = self._turns(rows, len(mine))
         for turn in range(turns):
             if self.keeper is not None and self.keeper.asked("update", turn, turns):
                 trainer.optimizer.discard()  # the step is made anew when the run goes on
                 trainer.model.meter.take()
                 self.keeper.stop()
             if turn < len(mine):
-                self._micro_batch(mine[turn], total, watch)
+                part, micro = mine[turn]
+                with trainer.model.sized(part.size):
+                    self._micro_batch(part, micro, total, watch)
 
-    def _turns(self, rows: Int[Tensor, " p"]) -> int:
+    def _micro_batches(self, rows: Int[Tensor, " p"]) -> list[tuple[Part, Int[Tensor, " m"]]]:
+        """Those of the rows that this process holds, in calls of one size each."""
+        found = []
+        for part in self.batch.parts:
+            held = rows[torch.isin(rows, part.rows)]
+            found += [(part, micro) for micro in held.split(self.trainer.sampling.batch_size) if len(micro)]
+        return found
+
+    def _turns(self, rows: Int[Tensor, " p"], mine: int) -> int:
         """The micro-batches of the process that has most."""
         collection, world = self.trainer.collection, world_size()
-        counts = [len(rows)]
-        if world > 1:
-            epoch = collection.epoch(self.trainer.state.epoch)
-            shares = [collection.rows_of(epoch, collection.mine(epoch, process)) for process in range(world)]
-            counts = [int(((rows >= at.start) & (rows < at.stop)).sum()) for at in shares]
-        return -(-max(counts) // self.trainer.sampling.batch_size)
+        if world == 1:
+            return mine
+        epoch, size = collection.epoch(self.trainer.state.epoch), self.trainer.sampling.batch_size
+        shares = [collection.rows_of(epoch, collection.mine(epoch, process)) for process in range(world)]
+        most = 0
+        for at in shares:
+            alike = [bucket.among(at) for bucket in epoch.buckets]
+            counts = [int(((rows >= one.start) & (rows < one.stop)).sum()) for one in alike]
+            most = max(most, sum(-(-count // size) for count in counts))
+        return most
 
-    def _micro_batch(self, micro: Int[Tensor, " p"], total: Tensor, watch: Watch) -> None:
+    def _micro_batch(self, part: Part, micro: Int[Tensor, " p"], total: Tensor, watch: Watch) -> None:
         trainer, batch = self.trainer, self.batch
         padded = torch.cat([micro, micro[-1:].expand(trainer.sampling.batch_size - len(micro))])
         samples = expand_rows(padded, batch.members)
@@ -123,9 +136,9 @@ class Update:
         weights[len(micro) * batch.members :] = 0
         if not weights.any():
             return  # none of these samples has a valid score
-        condition = trainer.model.encode([batch.texts[row] for row in padded.tolist()])
-        places = padded - batch.rows[0]  # a process's rows follow one another
-        for at, step in enumerate(batch.steps):
+        condition = batch.condition(trainer.model, padded.tolist())
+        places = padded - part.rows[0]  # a process's rows follow one another
+        for at, step in enumerate(part.steps):
             advantages = batch.advantages[samples]
             advantages = advantages if advantages.ndim == 1 else advantages[:, at]
             if step.interval.index not in self.trained:
@@ -133,7 +146,7 @@ class Update:
             if not trainer.needs_reference() and not (advantages * weights).any():
                 continue  # nothing to learn from: no call
             apart = batch.members // step.members  # rows of this call for each of the batch's
-            taken = step.rows(expand_rows(places, apart).to(step.latents.device))
+            taken = step.rows(expand_rows(places, apart).to(step.latents.device)).to(trainer.model.device)
             told = condition.rows(torch.arange(len(padded)).repeat_interleave(apart)) if apart > 1 else condition
             self._backward(taken, told, advantages, weights, total, watch, samples)
 

@@ -124,8 +124,11 @@ def save_bad(folder: Path, name: str, watch: Watch, batch: Batch, most: int = 16
     write_atomically(folder / f"{name}.jsonl", json_lines(lines))
     rows = torch.tensor(sorted({sample // batch.members for sample, _, _ in bad})[:most], dtype=torch.int64)
     held = {"rows": rows}
-    for step in batch.steps if len(rows) else ():
-        taken = step.rows((rows - batch.rows[0]).to(step.latents.device))
-        held[f"{step.interval.index}/latents"] = taken.latents.cpu().contiguous()
-        held[f"{step.interval.index}/latents_next"] = taken.latents_next.cpu().contiguous()
+    for part in batch.parts:
+        inside = rows[torch.isin(rows, part.rows)]
+        name_of = "" if len(batch.parts) == 1 else f"{part.size.height}x{part.size.width}/"
+        for step in part.steps if len(inside) else ():
+            taken = step.rows((inside - part.rows[0]).to(step.latents.device))
+            held[f"{name_of}{step.interval.index}/latents"] = taken.latents.cpu().contiguous()
+            held[f"{name_of}{step.interval.index}/latents_next"] = taken.latents_next.cpu().contiguous()
     write_tensors(folder / f"{name}.safetensors", held)

@@ -5,14 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 from flowalign.models.base import Model
+from flowalign.models.flux import Flux
 from flowalign.models.loading import pipeline_class
 from flowalign.models.pipeline import PipelineModel
+from flowalign.models.qwen_image import QwenImage
 from flowalign.models.sd3 import SD3
 from flowalign.models.unet import StableDiffusion, StableDiffusionXL
+from flowalign.models.wan import Wan, WanImageToVideo
+from flowalign.models.z_image import ZImage
 
-FAMILIES: tuple[type[PipelineModel], ...] = (SD3, StableDiffusion, StableDiffusionXL)
+FAMILIES: tuple[type[PipelineModel], ...] = (
+    SD3,
+    StableDiffusion,
+    StableDiffusionXL,
+    Flux,
+    QwenImage,
+    ZImage,
+    Wan,
+    WanImageToVideo,
+)
 
-__all__ = ["SD3", "Model", "PipelineModel", "StableDiffusion", "StableDiffusionXL", "as_model", "family_of"]
+__all__ = [
+    "SD3",
+    "Flux",
+    "Model",
+    "PipelineModel",
+    "QwenImage",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "Wan",
+    "WanImageToVideo",
+    "ZImage",
+    "as_model",
+    "family_of",
+]
 
 
 def as_model(model: Any) -> Model:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowalign.accounting import Meter
-from flowalign.records import Condition
+from flowalign.records import Condition, Prompts, Size
 
 Latents = Float[Tensor, "b *d"]
 
@@ -27,7 +27,10 @@ class Model(ABC):
 
     latent_shape: tuple[int, ...]
     device: torch.device
+    fps: float | None = None  # frames per second of a video model's media
     embeddings_limit: float = math.inf  # bytes of prompts' embeddings that are kept, on the host
+    steps_device: torch.device | None = None  # where an epoch's steps wait for their update; None for where they are
+    takes_image: bool = False  # whether prompts name pictures that the model's media start from
     scale_loss: bool = False  # gradients pass through fp16, whose small numbers vanish unless scaled up
 
     @cached_property
@@ -36,8 +39,27 @@ class Model(ABC):
         return Meter()
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """One row per prompt, in order; a prompt whose embeddings are still kept is not encoded again."""
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str | None] | None = None) -> Condition:
+        """One row per prompt, in order; a prompt whose embeddings are still kept is not encoded again.
+
+        negatives: what each row's unconditional call is told; None for the model's own negative prompt.
+        """
+
+    def condition(self, prompts: Prompts) -> Condition:
+        """What the network is told of prompts, one row for each; with their pictures, if the model starts from them."""
+        told, images = self.encode(prompts.text, prompts.negatives()), self.images(prompts)
+        return self.condition_on(told, images) if images else told
+
+    def images(self, prompts: Prompts) -> tuple[str, ...]:
+        """The files that the prompts' media start from; none for a model that does not look at them."""
+        return prompts.images() if self.takes_image else ()
+
+    def condition_on(self, condition: Condition, images: Sequence[str]) -> Condition:
+        """The same condition, with pictures to start from: a file for each row.
+
+        Raises: ValueError for a model that starts from none.
+        """
+        raise ValueError(f"{type(self).__name__} starts from no picture; it takes prompts without an image")
 
     @abstractmethod
     def sigmas(self, steps: int) -> list[float]:
@@ -76,6 +98,19 @@ class Model(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the policy's weights in the layout that the plain pipeline loads."""
+
+    def media_size(self, asked: Size) -> Size:
+        """What is made where this size is asked for; `Size()` of a model that has one size only.
+
+        Raises: ValueError for a size that the model cannot make.
+        """
+        if asked != Size():
+            raise ValueError(f"{type(self).__name__} makes media of one size; a prompt asks for {asked}")
+        return asked
+
+    def sized(self, size: Size) -> AbstractContextManager[None]:
+        """While entered, `media_size(size)` is the model's own: of media, `latent_shape`, `sigmas` and all calls."""
+        return nullcontext()
 
     def start(self, noise: Latents, sigma: float) -> Latents:
         """Latents at the grid's first sigma from unit noise, as the pipeline itself starts there."""

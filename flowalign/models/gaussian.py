@@ -41,7 +41,7 @@ class GaussianModel(Model):
         self.bias = nn.Parameter(torch.zeros(len(self.grid), dtype=torch.float32))
         self._adapted = True
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str | None] | None = None) -> Condition:
         return Condition(torch.zeros(len(prompts), 1, 1))
 
     def sigmas(self, steps: int) -> list[float]:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SHAPES = "shapes"
 
 
-def load_pipeline(pipeline: Any, families: tuple[str, ...]) -> Any:
+def load_pipeline(pipeline: Any, families: tuple[str, ...], dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
     """A pipeline as it is, or that of a folder, a hub id, or "shapes" (embedded).
 
     Args:
         families: names of the diffusers classes that will do.
+        dtypes: what to read the weights of a folder's or hub id's components as, by name, and "default".
 
     Raises: ValueError where it is of another class, or cannot be had.
     """
-    loaded = _load(pipeline) if isinstance(pipeline, str) else pipeline
+    loaded = _load(pipeline, dtypes) if isinstance(pipeline, str) else pipeline
     if not {kind.__name__ for kind in type(loaded).__mro__} & {*families}:
         name = f"{pipeline} is" if isinstance(pipeline, str) else "this is"
         raise ValueError(f"{name} a {type(loaded).__name__}, not a {' or '.join(families)}")
     return loaded
 
 
-def _load(name: str) -> Any:
+def _load(name: str, dtypes: Mapping[str, torch.dtype] | None) -> Any:
     from diffusers import DiffusionPipeline
 
     if name == SHAPES:
@@ -32,7 +37,8 @@ def _load(name: str) -> Any:
         return text_to_image()
     _check_folder(name)
     try:
-        return DiffusionPipeline.from_pretrained(Path(name).expanduser() if _is_path(name) else name)
+        place = Path(name).expanduser() if _is_path(name) else name
+        return DiffusionPipeline.from_pretrained(place, dtype=None if dtypes is None else dict(dtypes))
     except OSError as error:
         raise ValueError(f"the pipeline {name!r} can be had neither as a folder nor from the hub: {error}") from error
 

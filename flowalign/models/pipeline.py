@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from flowalign.adapters import LoRA, add_policy, as_reference, policy_parameters, save_policy
 from flowalign.models.base import Latents, Model
 from flowalign.models.loading import load_pipeline
-from flowalign.records import Condition
+from flowalign.models.memory import Memory, encoders_on, finish, load_dtypes, place
+from flowalign.records import Condition, Size
 
 Precision = Literal["no", "fp16", "bf16"]
 Embedding = tuple[Tensor | None, ...]  # a prompt's row of each kind of embedding, as `encode_texts` orders them
@@ -44,6 +45,10 @@ class PipelineModel(Model):
         device: None for the pipeline's own device where it was moved, else CUDA if there is one.
         prompts_per_call: prompts in one call of the encoders; shorter batches are padded to it.
         embeddings_gb: prompts' embeddings kept on the host, in 10^9 bytes; those that were not used for longest go.
+        memory: what is done to make a big model fit.
+
+    Of a folder or hub id the network and the text encoders are read in `mixed_precision`, the VAE in
+    `decode_precision`; of a pipeline that is given, the network is cast and the rest stays as it is.
 
     Raises: ValueError for a pipeline of another family, and for sizes that the network cannot take.
     """
@@ -52,6 +57,7 @@ class PipelineModel(Model):
     network_name: ClassVar[str] = "transformer"
     targets: ClassVar[tuple[str, ...]]  # the LoRA's by default, suffixes of module names
     tokens: ClassVar[int] = 0  # of a prompt, where max_sequence_length does not say
+    frames: int | None = None  # of a video
 
     def __init__(
         self,
@@ -69,21 +75,22 @@ class PipelineModel(Model):
         device: str | None = None,
         prompts_per_call: int = 8,
         embeddings_gb: float = 8.0,
+        memory: Memory = Memory(),
     ) -> None:
-        self.pipeline: Any = load_pipeline(pipeline, self.pipelines)
-        self.device = torch.device(device) if device else _device_of(self.pipeline)
-        self.pipeline.to(self.device)
-        for part in self.pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
         self._autocast, self._decode_autocast = DTYPES.get(mixed_precision), DTYPES.get(decode_precision)
-        network = self.module
-        if self._autocast is not None:  # autocast would cast frozen weights anew at every call
-            nn.Module.to(network, self._autocast)  # diffusers' own `to` warns that nothing is kept float32
-        self.dtype: torch.dtype = self._autocast or next(network.parameters()).dtype
+        dtypes = load_dtypes(self.network_name, self._autocast, self._decode_autocast)
+        self.pipeline: Any = load_pipeline(pipeline, self.pipelines, dtypes)
+        self.device = torch.device(device) if device else _device_of(self.pipeline)
+        memory.check(gradient_checkpointing, compile, self.device)
+        self.memory, network = memory, self.module
+        self.dtype: torch.dtype = self._autocast or network.dtype  # type: ignore[assignment]  # some parts stay float32
+        # autocast would cast frozen weights anew at every call
+        place(self.pipeline, network, memory, self._autocast, self.device)
+        self.steps_device = torch.device("cpu") if memory.trajectory_on_cpu else None
         self.scale_loss = mixed_precision == "fp16"
         self.lora = lora
         add_policy(self.pipeline, network, lora, self.targets)
+        finish(network, memory, self.dtype, self.device)
         if gradient_checkpointing:
             network.enable_gradient_checkpointing()  # type: ignore[operator]
         self.call: Any = torch.compile(network) if compile else network
@@ -148,21 +155,49 @@ class PipelineModel(Model):
         guidance_scale: for networks that are told it; others are guided from outside.
         """
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def check_frames(self, frames: int) -> None:
+        """Raises: ValueError for a number of frames that the model cannot make."""
+        raise ValueError(f"frames is for videos, and {type(self).__name__} makes pictures")
+
+    def media_size(self, asked: Size) -> Size:
+        if asked.frames is not None:
+            self.check_frames(asked.frames)
+        height, width = asked.height or self.height, asked.width or self.width
+        return Size(self._sized("height", height), self._sized("width", width), asked.frames or self.frames)
+
+    @contextmanager
+    def sized(self, size: Size) -> Iterator[None]:
+        held = self.height, self.width, self.frames, self.latent_shape
+        whole = self.media_size(size)
+        self.height, self.width, self.frames = whole.height or 0, whole.width or 0, whole.frames
+        self.latent_shape = self.latents_of(self.height, self.width)
+        try:
+            yield
+        finally:
+            self.height, self.width, self.frames, self.latent_shape = held
+
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str | None] | None = None) -> Condition:
         """See `Model.encode`. Raises ValueError for a new prompt after `free_encoders`."""
-        wanted = dict.fromkeys([*prompts, self.negative_prompt])
+        away = [self.negative_prompt if text is None else text for text in negatives or (None,) * len(prompts)]
+        wanted = dict.fromkeys([*prompts, *away, self.negative_prompt])
         self._encode_missing([*wanted])
         self._encoded |= {text: self._encoded.pop(text) for text in wanted}
         self._forget(len(wanted))
         told = [_stacked([self._encoded[text][i] for text in prompts], self.device) for i in range(3)]
-        apart = self.negative_of(self._encoded[self.negative_prompt])
-        negative = [one if one is None else one.to(self.device) for one in apart]
-        negative = [one if one is None else one.expand(len(prompts), *one.shape) for one in negative]
+        negative = self._negative(away)
         assert told[0] is not None
         return Condition(told[0], told[1], negative[0], negative[1], told[2], negative[2])
 
-    def negative_of(self, row: Embedding) -> Embedding:
-        """What the unconditional call is told, from the embeddings of the negative prompt."""
+    def _negative(self, texts: list[str]) -> list[Tensor | None]:
+        """Each kind of embedding of the unconditional call; one row in memory where all rows are the same."""
+        rows = {text: self.negative_of(text, self._encoded[text]) for text in texts}
+        if len(rows) > 1:
+            return [_stacked([rows[text][i] for text in texts], self.device) for i in range(3)]
+        (row,) = rows.values()
+        return [None if one is None else one.to(self.device).expand(len(texts), *one.shape) for one in row]
+
+    def negative_of(self, text: str, row: Embedding) -> Embedding:
+        """What the unconditional call is told, from the embeddings of a negative prompt."""
         return row
 
     @torch.no_grad()
@@ -173,7 +208,8 @@ class PipelineModel(Model):
         for start in range(0, len(missing), self.prompts_per_call):
             texts = missing[start : start + self.prompts_per_call]
             # one batch shape for all, so that an embedding does not depend on which prompts come with it
-            made = self.encode_texts(texts + [texts[-1]] * (self.prompts_per_call - len(texts)))
+            with encoders_on(self.pipeline, self.memory, self.device):
+                made = self.encode_texts(texts + [texts[-1]] * (self.prompts_per_call - len(texts)))
             kinds = (*made, None, None)[:3]
             for i, text in enumerate(texts):
                 self._encoded[text] = tuple(None if kind is None else kind[i].cpu().clone() for kind in kinds)
@@ -196,13 +232,16 @@ class PipelineModel(Model):
 
     def sigmas(self, steps: int) -> list[float]:
         """See `Model.sigmas`; with `grid`, the scheduler's shift of grid(steps) without its final 0."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
-        shift = self.resolution_shift()
+        scheduler, shift = self.flow_scheduler(), self.resolution_shift()
         if self.grid is None:
             scheduler.set_timesteps(steps, mu=shift)
         else:
             scheduler.set_timesteps(sigmas=self.grid(steps)[:-1], mu=shift)
         return [float(sigma) for sigma in scheduler.sigmas]
+
+    def flow_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The first-order scheduler whose sigmas a rollout takes: the pipeline's own, or its like."""
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
     def resolution_shift(self) -> float | None:
         """mu, where the scheduler shifts its sigmas by the resolution."""
@@ -250,15 +289,16 @@ class PipelineModel(Model):
         pooled: Tensor | None,
         mask: Tensor | None,
         guidance_scale: float,
-    ) -> Latents:
+    ) -> Tensor:
         pooled, mask = (None if one is None else one.to(self.device) for one in (pooled, mask))
         latents, embeds = latents.to(self.device), embeds.to(self.device)
         with _autocast(self.device, self._autocast):
             return self.predict(latents, sigma, embeds, pooled, mask, guidance_scale).float()
 
     def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
+        own = None if self._decode_autocast else self.pipeline.vae.dtype  # autocast wants float32, scaled as such
         with _autocast(self.device, self._decode_autocast):
-            decoded = self.decode_latents(latents.to(self.device, self.pipeline.vae.dtype))
+            decoded = self.decode_latents(latents.to(self.device, own))
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     def decode_latents(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:

@@ -138,8 +138,8 @@ class StableDiffusionXL(StableDiffusion):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(texts, device=self.device, do_classifier_free_guidance=False)
         return embeds, pooled
 
-    def negative_of(self, row: Embedding) -> Embedding:
-        if self.negative_prompt or not self.pipeline.config.force_zeros_for_empty_prompt:
+    def negative_of(self, text: str, row: Embedding) -> Embedding:
+        if text or not self.pipeline.config.force_zeros_for_empty_prompt:
             return row
         return tuple(None if one is None else torch.zeros_like(one) for one in row)
 

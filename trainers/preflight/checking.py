@@ -23,7 +23,8 @@ from trainers.preflight.geometry import (
     planned_steps,
     spent_rows,
 )
-from trainers.preflight.problems import Problem, error, of_settings
+from trainers.preflight.memory import Prediction, predict
+from trainers.preflight.problems import Problem, error, of_settings, warning
 from trainers.preflight.sheet import contact_sheet
 from trainers.preflight.trial import encode_some, judge, learn, peak_memory, roll_out
 
@@ -38,7 +39,8 @@ SHEET = "first_group.png"
 class Preflight:
     """All that a check has found. rows: spent and needed in each of the run's first epochs.
 
-    trial, times, space and sheet are None where an error forbade the tiny step, or stopped it.
+    trial, times, space and sheet are None where an error forbade the tiny step, or stopped it; memory is None where it
+    was forbidden, or cannot be predicted.
     """
 
     trainer: Trainer
@@ -50,6 +52,7 @@ class Preflight:
     times: Times | None = None
     space: Space | None = None
     sheet: Path | None = None
+    memory: Prediction | None = None
 
     @property
     def errors(self) -> int:
@@ -91,13 +94,23 @@ def inspect(
     if any(problem.kind == "error" for problem in settings):
         return static
     out.mkdir(parents=True, exist_ok=True)
+    say("predicting memory")
+    memory, unknown = _predicted(trainer, cut)
+    problems += unknown
     trial, failure = _try(trainer, out, say)
     if trial is None:
-        return Preflight(trainer, cut, steps, rows, (*problems, error(failure)))
+        return Preflight(trainer, cut, steps, rows, (*problems, error(failure)), memory=memory)
     taken, needs = times(trainer, cut, trial), space(trainer, cut, trial)
     problems += [*of_trial(trainer, trial), *of_costs(trainer, needs, taken)]
     write_atomically(out / SHEET, contact_sheet(trial.rollouts))
-    return Preflight(trainer, cut, steps, rows, tuple(problems), trial, taken, needs, out / SHEET)
+    return Preflight(trainer, cut, steps, rows, tuple(problems), trial, taken, needs, out / SHEET, memory)
+
+
+def _predicted(trainer: Trainer, cut: Geometry) -> tuple[Prediction | None, list[Problem]]:
+    try:
+        return predict(trainer, cut), []
+    except (RuntimeError, ValueError) as problem:
+        return None, [warning(f"memory cannot be predicted for this model: {str(problem).splitlines()[0]}")]
 
 
 def _try(trainer: Trainer, out: Path, say: Say) -> tuple[Trial | None, str]:

@@ -16,8 +16,9 @@ import torch
 
 from flowalign import checkpoint
 from flowalign.pictures import to_bytes, zipped
+from flowalign.videos import mp4
 from trainers.collection import Epoch
-from trainers.preflight.geometry import Geometry, looked_at
+from trainers.preflight.geometry import GLANCED_AT, Geometry, looked_at
 from trainers.preflight.trial import Encoding, Judging, Learning, Rollouts
 from trainers.state import State
 
@@ -149,8 +150,10 @@ def _saves(trainer: Trainer, seconds: float) -> int:
 
 def _prompts_encoded(trainer: Trainer) -> int:
     """Different prompts that the run encodes, those of the evaluation among them; each once, if all can be kept."""
-    used = trainer.prompts.text if trainer.epochs * trainer.sampling.groups >= len(trainer.prompts) else ()
-    drawn = len(set(used)) if used else trainer.epochs * trainer.sampling.groups
+    drawn, total = trainer.epochs * trainer.sampling.groups, len(trainer.prompts)
+    if drawn >= total:
+        some = trainer.prompts.some(GLANCED_AT)
+        drawn = round(len(set(some.text)) / len(some) * total)
     held_out = trainer.evaluator.prompts
     return drawn + (len(set(held_out.text)) if held_out is not None else 0)
 
@@ -201,10 +204,7 @@ def space(trainer: Trainer, cut: Geometry, trial: Trial) -> Space:
 def _rollout_bytes(trainer: Trainer, epoch: Epoch, cut: Geometry) -> int:
     """What one process keeps of an epoch's stochastic steps: latents before and after, float32."""
     rows = min(max(cut.shares) * cut.batch_size, cut.rows)
-    numbers = 1
-    for length in trainer.model.latent_shape:
-        numbers *= length
-    branch = epoch.path.branch
+    numbers, branch = trainer.collection.largest, epoch.path.branch
     total = 0
     for step in epoch.path.stochastic:
         before = rows if branch is None or step <= branch else rows * cut.members
@@ -213,14 +213,15 @@ def _rollout_bytes(trainer: Trainer, epoch: Epoch, cut: Geometry) -> int:
 
 
 def _evaluation_files(trainer: Trainer, trial: Trial, count: int) -> int:
-    """The pictures of three evaluations and the one being written, and each evaluation's sheet."""
+    """The pictures and videos of three evaluations and the one being written, and each evaluation's sheet."""
     if not count:
         return 0
-    whole = trainer.evaluation.pictures
-    pixels = trial.rollouts.pixels
+    shown, fps, pixels = trainer.evaluation.pictures, trainer.model.fps, trial.rollouts.pixels
+    film = 0 if fps is None or not shown else len(mp4(trial.rollouts.medium, fps))
+    whole = shown if fps is None else count  # strips of videos are all kept as they are
     large, small = (len(zipped(to_bytes(pixels), number)) / len(pixels) for number in (len(pixels), 0))
     each = min(whole, count) * large + max(count - whole, 0) * small
-    return int(4 * each + evaluations(trainer) * whole * large)
+    return int(4 * (each + min(shown, count) * film) + evaluations(trainer) * shown * large)
 
 
 def existing(path: Path) -> Path:

@@ -17,6 +17,7 @@ from trainers.collection import Epoch
 if TYPE_CHECKING:
     from trainers.base import Trainer
 
+GLANCED_AT = 10_000  # prompts of a large set whose text is looked at
 LOOKED_AT = 100  # epochs: a plan may draw other steps in each, and their mean has settled by then
 
 
@@ -57,10 +58,12 @@ def geometry(trainer: Trainer, processes: int = 1, batch_size: int | None = None
     """The trainer's, or what it would be with another number of processes or another batch size."""
     sampling, epoch = trainer.sampling, trainer.collection.epoch(0)
     size, rows = batch_size or sampling.batch_size, len(epoch.rows)
-    total = -(-rows // size)
-    parts = [share(total, process, processes) for process in range(processes)]
-    held = [max(0, min(part.stop * size, rows) - part.start * size) for part in parts]
-    updates = tuple(_update_calls(count, trainer.updates_per_epoch, size) for count in held)
+    cuts = epoch.cuts(size)
+    parts = [share(len(cuts) - 1, process, processes) for process in range(processes)]
+    shares = [range(cuts[part.start], cuts[part.stop]) for part in parts]
+    held = [[len(bucket.among(rows_held)) for bucket in epoch.buckets] for rows_held in shares]
+    each = trainer.updates_per_epoch
+    updates = tuple(sum(_update_calls(count, each, size) for count in counts) for counts in held)
     return Geometry(
         sampling.groups, sampling.group_size, epoch.members, rows, size, trainer.updates_per_epoch,
         tuple(len(part) for part in parts), updates,

@@ -12,7 +12,7 @@ from flowalign.models import PipelineModel
 from flowalign.report.formats import percent
 from flowalign.transitions import mean_of_elements, sum_of_elements
 from trainers.flow_grpo import FlowGRPO
-from trainers.preflight.geometry import Geometry, PlannedStep, better_batch_size
+from trainers.preflight.geometry import GLANCED_AT, Geometry, PlannedStep, better_batch_size
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -156,7 +156,7 @@ def _truncated(trainer: Trainer) -> Found:
     if not isinstance(trainer.model, PipelineModel):
         return None
     held_out = trainer.evaluator.prompts
-    texts = {*trainer.prompts.text, *(held_out.text if held_out is not None else ())}
+    texts = {*trainer.prompts.some(GLANCED_AT).text, *(held_out.text if held_out is not None else ())}
     limit, tokenizer = trainer.model.token_limit()
     # a token is a byte at least, so that only long prompts need to be looked at
     long = [text for text in texts if len(text.encode()) + 2 > limit]
@@ -164,10 +164,15 @@ def _truncated(trainer: Trainer) -> Found:
     if not cut:
         return None
     return warning(
-        f"{len(cut)} prompts are longer than the {limit} tokens that the text encoders read, and the rest of them is "
-        f"not seen, as in {min(cut)[:60]!r}. Shorten them"
+        f"{len(cut)} prompts{_glance(trainer)} are longer than the {limit} tokens that the text encoders read, and the "
+        f"rest of them is not seen, as in {min(cut)[:60]!r}. Shorten them"
         + (", or raise model.max_sequence_length" if trainer.model.max_sequence_length else "")
     )
+
+
+def _glance(trainer: Trainer) -> str:
+    """What to say where not all prompts were looked at."""
+    return f" (looking at one in {step})" if (step := -(-len(trainer.prompts) // GLANCED_AT)) > 1 else ""
 
 
 def _padding(trainer: Trainer, cut: Geometry) -> Found:
@@ -261,13 +266,13 @@ def _held_out(trainer: Trainer) -> Found:
 
 def _trained_on(trainer: Trainer) -> Found:
     prompts = trainer.evaluator.prompts
-    known = set(trainer.prompts.text)
+    known = set(trainer.prompts.some(GLANCED_AT).text)
     both = sum(text in known for text in prompts.text) if prompts is not None else 0
     if prompts is None or not both:
         return None
     return warning(
-        f"{both} of {len(prompts)} held-out prompts are trained on too: their scores do not show what is learned in "
-        "general. Take them out of one of the two sets"
+        f"{both} of {len(prompts)} held-out prompts are trained on too{_glance(trainer)}: their scores do not show "
+        "what is learned in general. Take them out of one of the two sets"
     )
 
 

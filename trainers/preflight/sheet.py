@@ -39,6 +39,8 @@ def _caption(rollouts: Rollouts, sample: int) -> str:
 def _enlarged(pixels: Float[Tensor, "g 3 h w"]) -> Float[Tensor, "g 3 ..."]:
     """About `WIDTH` wide, by a whole factor."""
     width = pixels.shape[3]
+    if width > 3 * pixels.shape[2]:  # a strip of a video's frames
+        return pixels
     if width >= 2 * WIDTH:
         return avg_pool2d(pixels, width // WIDTH)
     factor = max(1, WIDTH // width)

@@ -13,6 +13,7 @@ from flowalign.transitions import ODE
 from trainers.preflight.checking import Preflight
 from trainers.preflight.findings import equal_groups, size, spread
 from trainers.preflight.geometry import LOOKED_AT, geometry
+from trainers.preflight.memory import Fit
 
 NAME = 22  # columns
 WIDTH = 110
@@ -30,6 +31,7 @@ def page(found: Preflight, config: Mapping[str, Any] | None = None) -> str:
         "calls of an epoch": _calls(found),
         "tiny step": _step(found),
         "time (an estimate)": _time(found),
+        "memory of a GPU (predicted)": _memory(found),
         "memory and disk": _space(found),
     }
     blocks = [f"{name}\n" + "\n".join(_aligned(lines)) for name, lines in sections.items() if lines]
@@ -61,7 +63,10 @@ def _model(found: Preflight, config: Mapping[str, Any] | None) -> Lines:
         ("a latent", " x ".join(map(str, model.latent_shape))),
     ]
     if found.trial is not None:
-        shown.append(("a picture", " x ".join(map(str, found.trial.rollouts.pixels.shape[2:])) + " pixels"))
+        *frames, _, height, width = found.trial.rollouts.medium.shape
+        rate = "" if model.fps is None else f", {model.fps:g} a second"
+        about = f"{frames[0]} frames of " if frames else ""
+        shown.append(("a video" if frames else "a picture", f"{about}{height} x {width} pixels{rate}"))
     return [line for line in shown if line[1]]
 
 
@@ -207,6 +212,33 @@ def _space(found: Preflight) -> Lines:
         ("a checkpoint", f"{size(needs.checkpoint)} at most, with an epoch's rollouts"),
     ]
     return [line for line in shown if not line[1].startswith("0 B")]
+
+
+def _memory(found: Preflight) -> Lines:
+    if found.memory is None:
+        return []
+    needs = found.memory.needs
+    weights = ", ".join(f"{name} {size(held)}" for name, held in needs.weights.items() if held)
+    shown = [
+        ("weights", f"{size(sum(needs.weights.values()))}: {weights}"),
+        ("reward's weights", size(needs.reward)),
+        ("policy", f"{size(needs.policy)} with its gradient, the optimizer's moments and the average"),
+        ("an epoch's rollouts", size(needs.trajectory)),
+        ("activations", f"{size(needs.learning)} of a micro-batch with gradient"),
+        ("sampling", f"{size(needs.sampling)} of the largest call without"),
+        ("decoding", size(needs.decoding)),
+        ("encoding prompts", size(needs.encoding)),
+        ("at most at once", f"{size(needs.total)}; activations, sampling, decoding and encoding take turns"),
+    ]
+    return [line for line in shown if not line[1].startswith("0 B")] + [_card(fit) for fit in found.memory.fits]
+
+
+def _card(fit: Fit) -> tuple[str, str]:
+    name = f"on {fit.card} GB"
+    if not fit.turned:
+        return name, "fits" if fit.enough else "does not fit, and there is no switch left"
+    steps = ", then ".join(f"{told} ({size(made.total)})" for told, made in fit.turned)
+    return name, f"{'fits with' if fit.enough else 'does not fit, not even with'} {steps}"
 
 
 def _problems(found: Preflight) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from flowalign.media import shown
@@ -26,8 +26,9 @@ from flowalign.rollout import Policy, rollout
 from flowalign.sample import start_noise
 from flowalign.schedules import Path
 from flowalign.transitions import ODE
+from flowalign.videos import stills
 from rewards.base import Reward, join_scores
-from trainers.batch import Batch, detached, valid_rows
+from trainers.batch import Batch, Bucket, detached, valid_rows
 from trainers.collection import Collection, join_steps_of
 from trainers.state import Collected
 from trainers.update import Update
@@ -41,15 +42,17 @@ GLANCE = 2  # steps of the evaluation's call that are made: all of them cost the
 
 
 class Seen(Reward):
-    """The reward itself, which remembers the pictures it is shown, in 8 bits."""
+    """The reward itself, which remembers the pictures it is shown, in 8 bits: of videos strips of frames."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward, self.name, self.differentiable = reward, reward.name, reward.differentiable
         self.card = reward.card
         self.pixels: list[Tensor] = []
+        self.first: list[Tensor] = []
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
-        self.pixels.append(to_bytes(media.pixels))
+        self.pixels.append(to_bytes(stills(media.pixels)))
+        self.first = self.first or [to_bytes(media.pixels[0])]
         return self.reward.score(media, prompts)
 
 
@@ -58,13 +61,15 @@ class Rollouts:
     """The whole groups that the first micro-batches hold, one group at least.
 
     advantages: one per sample, 0 for one without a valid score; where a method gives each step its own, their mean.
-    pixels: the first group's. repeatable: whether the same pictures got the same scores the second time.
+    pixels: the first group's, of videos strips of frames. medium: the first picture or video, in 8 bits.
+    repeatable: whether the same pictures got the same scores the second time.
     Seconds: per row of a network call, per picture decoded, per picture scored.
     """
 
     batch: Batch
     advantages: Float[Tensor, " b"]
     pixels: Float[Tensor, "g 3 h w"]
+    medium: UInt8[Tensor, "*frames 3 height width"]
     repeatable: bool
     seconds_per_row: float
     seconds_per_decode: float
@@ -123,7 +128,7 @@ class Encoding:
 def encode_some(trainer: Trainer) -> Encoding:
     """Encode prompts of the first epoch."""
     model, epoch = trainer.model, trainer.collection.epoch(0)
-    texts = list(dict.fromkeys(trainer.prompts.text[i] for i in epoch.prompts))
+    texts = list(dict.fromkeys(trainer.collection.told(epoch.prompts).text))
     told = model.encode(texts[:1])
     known = [told.prompt_embeds, told.pooled_prompt_embeds]
     size = sum(value[0].nbytes for value in known if value is not None)
@@ -159,6 +164,7 @@ def roll_out(trainer: Trainer) -> Rollouts:
         batch,
         advantages,
         torch.cat(reward.pixels)[: trainer.sampling.group_size].float() / 255,
+        reward.first[0],
         _same(before.scores, parts[0].scores),
         seconds["rollout"] / rows.forward,
         seconds["decode"] / made,
@@ -187,8 +193,11 @@ def first_groups(trainer: Trainer, parts: list[Collected]) -> Batch:
         advantages = credited.new_zeros(kept, *credited.shape[1:])
         advantages[known] = credited
     steps = tuple(step.rows(torch.arange(kept // step.members)) for step in join_steps_of(parts))
-    texts = tuple(collection.text(epoch, row) for row in range(rows))
-    return Batch(epoch.path, torch.arange(rows), texts, steps, scores, group_ids, advantages, known.float())
+    told = collection.told_rows(epoch, range(rows))
+    return Batch(
+        epoch.path, torch.arange(rows), told.text, steps, scores, group_ids, advantages, known.float(),
+        told.negatives(), (Bucket(epoch.buckets[0].size, range(rows)),), trainer.model.images(told),
+    )  # fmt: skip
 
 
 def learn(trainer: Trainer, batch: Batch) -> Learning:
@@ -223,15 +232,19 @@ def _measured(trainer: Trainer, update: Update, rows: Tensor, watch: Watch) -> f
 
 def judge(trainer: Trainer) -> Judging | None:
     """The first steps of one call of the evaluation, its decode and its scores; None where there is no evaluation."""
-    evaluator, model = trainer.evaluator, trainer.model
-    if evaluator.prompts is None:
+    if trainer.evaluator.prompts is None:
         return None
-    index = [*range(min(evaluator.rows, len(evaluator.prompts)))]
-    told = evaluator.prompts.rows(index)
-    condition = model.encode(told.text)
+    call = trainer.evaluator.calls()[0]
+    with trainer.model.sized(call.size):
+        return _judge(trainer, trainer.evaluator.prompts.rows(call.rows), call.rows)
+
+
+def _judge(trainer: Trainer, told: Prompts, index: Sequence[int]) -> Judging:
+    evaluator, model = trainer.evaluator, trainer.model
+    condition = model.condition(told)
     sigmas = model.sigmas(evaluator.steps)[: GLANCE + 1]
     path, policy = Path((ODE(),) * len(intervals(sigmas))), Policy(evaluator.guidance_scale)
-    noise = start_noise(model, trainer.seed, "evaluation", index).to(model.device)
+    noise = start_noise(model, trainer.seed, "evaluation", told.noise_keys(index)).to(model.device)
     latents, scores = noise, list[Scores]()
 
     def sample() -> None:
@@ -242,7 +255,7 @@ def judge(trainer: Trainer) -> Judging | None:
     def look() -> None:
         pixels = model.decode(latents)
         with keyed_globals(trainer.seed, "evaluation_reward", 0):
-            scores.append(detached(evaluator.reward(shown(pixels, told), told)))
+            scores.append(detached(evaluator.reward(shown(pixels, told, model.fps), told)))
 
     sample()
     sampled, looked = timed(model, sample), min(timed(model, look), timed(model, look))

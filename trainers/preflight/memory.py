@@ -1,0 +1,283 @@
+"""What the run will take of a GPU's memory, and which switches make it fit one: predicted, not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from flowalign.memory_estimate import (
+    activations,
+    components,
+    copied_bytes,
+    decode_peak,
+    sampling_peak,
+    stored_bytes,
+    weight_bytes,
+)
+from flowalign.models.memory import Memory
+from flowalign.models.pipeline import PipelineModel
+from flowalign.records import Condition
+from trainers.preflight.geometry import Geometry, looked_at
+
+if TYPE_CHECKING:
+    from trainers.base import Trainer
+
+CARDS = (24, 40, 80)  # as sold, in 2^30 bytes
+ROOM = 0.92  # of a card: CUDA's own context and libraries take half a GB to a GB, and the allocator leaves gaps
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The settings that a prediction is made for, and what differs of them from the run's own, as it is written."""
+
+    memory: Memory
+    gradient_checkpointing: bool
+    precision: torch.dtype
+    batch_size: int
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes on the device.
+
+    weights: of the pipeline, by component. reward: its weights. policy: the LoRA, gradient, average and the optimizer's
+    moments. trajectory: an epoch's steps, twice: by micro-batch and joined. What comes one after the other: `learning`
+    (activations of a micro-batch), `sampling` (of the largest call without gradient), `decoding`, and `encoding`, the
+    weights of text encoders that are on the device for that alone.
+    """
+
+    weights: dict[str, int]
+    reward: int
+    policy: int
+    trajectory: int
+    learning: int
+    sampling: int
+    decoding: int
+    encoding: int
+
+    @property
+    def total(self) -> int:
+        """The most at once."""
+        passing = max(self.learning, self.sampling, self.decoding, self.encoding)
+        return sum(self.weights.values()) + self.reward + self.policy + self.trajectory + passing
+
+    def fits(self, card: int) -> bool:
+        """Whether a card of so many 2^30 bytes is enough."""
+        return self.total <= ROOM * card * 2**30
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What makes a run fit a card: the switches that were turned, one on top of another, and what is needed with each.
+
+    Empty where it fits as it is. enough: whether it fits after the last of them.
+    """
+
+    card: int
+    turned: tuple[tuple[str, Needs], ...]
+    enough: bool
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of the run as it is, and of each card."""
+
+    needs: Needs
+    fits: tuple[Fit, ...]
+
+
+def predict(trainer: Trainer, cut: Geometry) -> Prediction | None:
+    """For the largest media of the run; None for a model that is no diffusers pipeline.
+
+    Raises: RuntimeError where the network cannot be run without numbers.
+    """
+    model = trainer.model
+    if not isinstance(model, PipelineModel):
+        return None
+    with model.sized(trainer.collection.order[0]):
+        now = present(trainer, model)
+        passing = Passing(trainer, model, _most_rows(trainer, cut))
+        own = needs(trainer, model, cut, now, passing)
+        least = own
+        path, said = list[tuple[str, Needs]](), 0
+        for choice in () if own.fits(CARDS[0]) else switches(now):
+            made = needs(trainer, model, cut, choice, passing)
+            if made.total < least.total:  # what did not help yet is told with what did on top of it
+                path.append((" and ".join(choice.changed[said:]), made))
+                least, said = made, len(choice.changed)
+            if least.fits(CARDS[0]):
+                break
+    return Prediction(own, tuple(_fit(own, path, card) for card in CARDS))
+
+
+def _fit(own: Needs, path: list[tuple[str, Needs]], card: int) -> Fit:
+    turned: list[tuple[str, Needs]] = []
+    last = own
+    for name, made in path:
+        if last.fits(card):
+            break
+        turned.append((name, made))
+        last = made
+    return Fit(card, tuple(turned), last.fits(card))
+
+
+def present(trainer: Trainer, model: PipelineModel) -> Switches:
+    """The run's own."""
+    network: Any = model.module
+    return Switches(model.memory, network.is_gradient_checkpointing, model.dtype, trainer.sampling.batch_size)
+
+
+def switches(now: Switches) -> Iterator[Switches]:
+    """One more switch turned each time, those first that cost least in speed and likeness."""
+
+    def turned(told: str, more: Switches) -> Switches:
+        return replace(more, changed=(*now.changed, told))
+
+    if now.precision == torch.float32:
+        yield (now := turned("model.mixed_precision: bf16", replace(now, precision=torch.bfloat16)))
+    held = now.memory
+    for name, off, more in (
+        ("vae_slicing: true", not held.vae_slicing, replace(held, vae_slicing=True)),
+        ("offload: encoders", held.offload == "no", replace(held, vae_slicing=True, offload="encoders")),
+        ("trajectory_on_cpu: true", not held.trajectory_on_cpu, _light(held)),
+    ):
+        if off:
+            yield (now := turned(f"model.memory.{name}", replace(now, memory=more)))
+    if not now.gradient_checkpointing:
+        yield (now := turned("model.gradient_checkpointing: true", replace(now, gradient_checkpointing=True)))
+    while now.batch_size > 1:
+        size = now.batch_size // 2
+        yield (now := turned(f"sampling.batch_size: {size}, rows_per_call likewise", replace(now, batch_size=size)))
+    if now.memory.quantize == "no" and not now.memory.layerwise_casting and now.memory.offload != "group":
+        for told, kind in (("int8", "int8"), ("nf4 instead", "nf4")):
+            packed = replace(now.memory, quantize=kind)  # type: ignore[arg-type]
+            yield (now := turned(f"model.memory.quantize: {told}", replace(now, memory=packed)))
+
+
+class Passing:
+    """What is held for the time of a call, each run on fakes made once."""
+
+    def __init__(self, trainer: Trainer, model: PipelineModel, most_rows: int) -> None:
+        self.model, self.rows, self.whole = model, most_rows, trainer.sampling.batch_size
+        self.policy, self.per_call = trainer.policy, trainer.sampling.rows_per_call
+        self._told = model.encode(trainer.collection.told_rows(trainer.collection.epoch(0), [0]).text)
+        self.learning = lru_cache(self._learning)
+        self.sampling = lru_cache(self._sampling)
+        self.decoding = lru_cache(partial(decode_peak, model))
+
+    def called(self, batch_size: int) -> int:
+        """Rows of the largest call without gradient."""
+        return max(min(self.per_call, self.rows) * batch_size // self.whole, 1)
+
+    def _learning(self, rows: int, checkpointing: bool, precision: torch.dtype) -> int:
+        scale = self.policy.guidance_scale
+        both = self.policy.unconditional_grad and self.model.calls(scale, 0.5) == 2
+        return activations(self.model, self._repeated(rows), checkpointing, precision, scale).peak * (2 if both else 1)
+
+    def _sampling(self, rows: int, precision: torch.dtype) -> int:
+        return sampling_peak(self.model, self._repeated(rows), precision, self.policy.guidance_scale)
+
+    def _repeated(self, rows: int) -> Condition:
+        return self._told.rows(torch.zeros(rows, dtype=torch.int64))
+
+
+def _light(memory: Memory) -> Memory:
+    """With all that costs little speed."""
+    offload = "encoders" if memory.offload == "no" else memory.offload
+    return replace(memory, vae_slicing=True, trajectory_on_cpu=True, offload=offload)
+
+
+def needs(trainer: Trainer, model: PipelineModel, cut: Geometry, choice: Switches, passing: Passing) -> Needs:
+    """What the run needs with these settings."""
+    held = {name: resident(name, part, model, choice) for name, part in components(model).items()}
+    waiting = {name: size for name, size in held.items() if name.startswith("text_encoder")}
+    memory, most = choice.memory, passing.called(choice.batch_size)
+    away = memory.offload != "no"
+    copied = copied_bytes(model.module, choice.precision) if memory.copies_weights else 0
+    return Needs(
+        {name: size for name, size in held.items() if not (away and name in waiting)},
+        reward_bytes(trainer),
+        policy_bytes(trainer),
+        0 if memory.trajectory_on_cpu else 2 * trajectory_bytes(trainer, cut),
+        passing.learning(choice.batch_size, choice.gradient_checkpointing, choice.precision) + copied,
+        passing.sampling(most, choice.precision),
+        passing.decoding(1 if memory.vae_slicing else most),
+        sum(waiting.values()) if away else 0,
+    )
+
+
+def _most_rows(trainer: Trainer, cut: Geometry) -> int:
+    """Of a call without gradient: a micro-batch with all its members, or the evaluation's."""
+    prompts = trainer.evaluator.prompts
+    return max(cut.batch_size * cut.members, len(prompts) if prompts is not None else 0)
+
+
+def resident(name: str, part: nn.Module, model: PipelineModel, choice: Switches) -> int:
+    """Bytes of a component's frozen weights on the device."""
+    network, encoder = part is model.module, name.startswith("text_encoder")
+    if not network and not encoder:
+        return stored_bytes([*part.parameters(), *part.buffers()])
+    read = None if choice.precision == model.dtype and encoder else choice.precision
+    memory = replace(choice.memory, layerwise_casting=False, quantize="no") if encoder else choice.memory
+    sizes = weight_bytes(part, memory, read, encoder)
+    away = 0
+    if network and choice.memory.offload == "group":
+        away = sum(
+            one.in_features * one.out_features * choice.precision.itemsize
+            for layer, one in part.named_modules()
+            if isinstance(one, nn.Linear) and ".lora_" not in layer
+        )
+    return sum(sizes.values()) - away
+
+
+def policy_bytes(trainer: Trainer) -> int:
+    """The policy in float32 with its gradient, the optimizer's two moments and counts, and the average."""
+    values, settings = trainer.model.trainable().values(), trainer.optimizer.settings
+    numbers = sum(value.numel() for value in values)
+    each = 4 + 4 + 2 * (1 if settings.eight_bit else 4) + (4 if settings.ema_decay else 0)
+    return numbers * each + 4 * len(values)
+
+
+def trajectory_bytes(trainer: Trainer, cut: Geometry) -> int:
+    """What one process holds of an epoch's stochastic steps: latents before and after and log-probs, float32."""
+    rows, numbers = min(max(cut.shares) * cut.batch_size, cut.rows), trainer.collection.largest
+    samples, found = rows * cut.members, [0]
+    for epoch in looked_at(trainer):
+        branch = epoch.path.branch
+        before = [rows if branch is None or step <= branch else samples for step in epoch.path.stochastic]
+        found.append(sum(((one + samples) * numbers + samples) * 4 for one in before))
+    return max(found)
+
+
+def reward_bytes(trainer: Trainer) -> int:
+    """Weights of the networks in the reward that are on the model's device."""
+    device = trainer.model.device.type
+    rewards = (trainer.reward, trainer.evaluator.reward)
+    networks = list({id(one): one for reward in rewards for one in _networks(reward, set())}.values())
+    values = [value for one in networks for value in (*one.parameters(), *one.buffers())]
+    return stored_bytes([value for value in values if value.device.type == device])
+
+
+def _networks(thing: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """The networks that an object holds, however deep in objects of ours, lists and mappings."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, nn.Module):
+        yield thing
+        return
+    held: list[Any] = []
+    if isinstance(thing, list | tuple):
+        held = [*thing]
+    elif isinstance(thing, dict):
+        held = [*thing.values()]
+    elif type(thing).__module__.startswith("rewards."):
+        held = [*vars(thing).values()]
+    for one in held:
+        yield from _networks(one, seen)
