@@ -150,8 +150,6 @@ def test_shares_of_processes_add_up(tmp_path):
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     (sampled(plan=AllSteps(CPS())), "error: step 2 is meant to be stochastic, but its noise has std 0"),
     (sampled(plan=AllSteps(SDE)), "warning: the last step is trained, and its noise is next to nothing (std 0.0063"),
-    (sampled(guidance_scale=0.0), "error: sampling.guidance_scale 0 samples from the unconditional network alone"),
-    (sampled(guidance_scale=0.5), "warning: sampling.guidance_scale 0.5 is below 1"),
     ({"clip_range": 2.0}, "warning: clip_range 2 will never act: reduce is the mean over a latent's 64 elements"),
     ({"reduce": sum_of_elements}, "warning: clip_range 0.001 clips nearly every sample after the first update"),
     (sampled(group_size=3), "warning: sampling.group_size 3 is small"),

@@ -69,6 +69,8 @@ def test_guidance_and_prompts_count(case: Case) -> None:
     start = noise(model)[:1].expand(2, *model.latent_shape)
     plain, guided = sampled(case, model, start), sampled(case, model, start, case.guided)
     assert (plain[0] - plain[1]).abs().max() > 1e-4
+    if model.calls(case.guided, 0.9) == 2:  # else the network is told the scale
+        assert torch.equal(sampled(case, model, start, 0.0), plain)  # up to 1 there is no guidance, as in diffusers
     assert ((plain - guided).abs().max() > 1e-4) == case.guides
 
 

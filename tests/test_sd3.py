@@ -153,7 +153,7 @@ def test_embeddings_beyond_the_limit_are_made_again() -> None:
     model = SD3(tiny_sd3(), max_sequence_length=0, embeddings_gb=3.5 * size / 1e9)
     for some in (texts[:2], texts[2:4], texts[:1], texts[4:]):
         assert torch.equal(model.encode(some).prompt_embeds, plain.encode(some).prompt_embeds)
-    assert [*model._encoded] == [texts[4], texts[5], ""], "the last used stay, and the negative prompt"
+    assert [*model.encoded.rows] == [texts[4], texts[5], ""], "the last used stay, and the negative prompt"
     assert torch.equal(model.encode(texts).pooled_prompt_embeds, plain.encode(texts).pooled_prompt_embeds)
     model.free_encoders()
     assert torch.equal(model.encode(texts[::-1]).prompt_embeds, plain.encode(texts[::-1]).prompt_embeds)

@@ -101,7 +101,7 @@ def test_arguments_are_those_of_every_pipeline_and_two_more() -> None:
     assert {*own} - {*every} == {"cfg_normalization", "cfg_truncation"}
     told = {"negative_prompt": "no", "prompts_per_call": 3, "embeddings_gb": 2.0, "mixed_precision": "bf16"}
     model = small(**told, lora=LoRA(rank=2), memory=Memory(trajectory_on_cpu=True))
-    assert (model.negative_prompt, model.prompts_per_call, model.embeddings_limit) == ("no", 3, 2e9)
+    assert (model.negative_prompt, model.encoded.per_call, model.embeddings_limit) == ("no", 3, 2e9)
     assert (model.lora.rank, model.memory.trajectory_on_cpu, model.dtype) == (2, True, torch.bfloat16)
 
 

@@ -121,8 +121,8 @@ class Model(ABC):
         return latents
 
     def calls(self, guidance_scale: float, sigma: float) -> int:
-        """Network calls that one guided velocity takes: two, or one where nothing is guided away from."""
-        return 1 if guidance_scale == 1.0 else 2
+        """Network calls of one guided velocity: two, or one at scales up to 1, no guidance as in diffusers."""
+        return 1 if guidance_scale <= 1.0 else 2
 
     def combine(self, conditional: Latents, unconditional: Latents, guidance_scale: float) -> Latents:
         """v_u + w (v_c - v_u), classifier-free guidance (arXiv:2207.12598), or the family's own rule."""

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from flowalign.adapters import LoRA, add_policy, as_reference, policy_parameters, save_policy
 from flowalign.models.base import Latents, Model
+from flowalign.models.encoding import Embedding, Encoded, embeddings_of, stacked
 from flowalign.models.loading import load_pipeline
 from flowalign.models.memory import Memory, encoders_on, finish, load_dtypes, place
 from flowalign.records import Condition, Size
 
 Precision = Literal["no", "fp16", "bf16"]
-Embedding = tuple[Tensor | None, ...]  # a prompt's row of each kind of embedding, as `encode_texts` orders them
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -95,9 +95,9 @@ class PipelineModel(Model):
             network.enable_gradient_checkpointing()  # type: ignore[operator]
         self.call: Any = torch.compile(network) if compile else network
         self.max_sequence_length = self.tokens if max_sequence_length is None else max_sequence_length
-        self.negative_prompt, self.grid, self.prompts_per_call = negative_prompt, grid, prompts_per_call
+        self.negative_prompt, self.grid = negative_prompt, grid
         self.embeddings_limit = embeddings_gb * 1e9
-        self._encoded: dict[str, Embedding] = {}  # those used last at the end
+        self.encoded = Encoded(self._encode, prompts_per_call, self.embeddings_limit)
         self.prepare()
         self.height, self.width = self._sized("height", height), self._sized("width", width)
         self.latent_shape = self.latents_of(self.height, self.width)
@@ -179,48 +179,21 @@ class PipelineModel(Model):
     def encode(self, prompts: Sequence[str], negatives: Sequence[str | None] | None = None) -> Condition:
         """See `Model.encode`. Raises ValueError for a new prompt after `free_encoders`."""
         away = [self.negative_prompt if text is None else text for text in negatives or (None,) * len(prompts)]
-        wanted = dict.fromkeys([*prompts, *away, self.negative_prompt])
-        self._encode_missing([*wanted])
-        self._encoded |= {text: self._encoded.pop(text) for text in wanted}
-        self._forget(len(wanted))
-        told = [_stacked([self._encoded[text][i] for text in prompts], self.device) for i in range(3)]
-        negative = self._negative(away)
+        again = self.pipeline.text_encoder is not None
+        rows = self.encoded.take([*prompts, *away, self.negative_prompt], again)
+        apart = {text: self.negative_of(text, rows[text]) for text in away}
+        told = stacked([rows[text] for text in prompts], self.device)
+        negative = stacked([apart[text] for text in away], self.device)
         assert told[0] is not None
         return Condition(told[0], told[1], negative[0], negative[1], told[2], negative[2])
-
-    def _negative(self, texts: list[str]) -> list[Tensor | None]:
-        """Each kind of embedding of the unconditional call; one row in memory where all rows are the same."""
-        rows = {text: self.negative_of(text, self._encoded[text]) for text in texts}
-        if len(rows) > 1:
-            return [_stacked([rows[text][i] for text in texts], self.device) for i in range(3)]
-        (row,) = rows.values()
-        return [None if one is None else one.to(self.device).expand(len(texts), *one.shape) for one in row]
 
     def negative_of(self, text: str, row: Embedding) -> Embedding:
         """What the unconditional call is told, from the embeddings of a negative prompt."""
         return row
 
-    @torch.no_grad()
-    def _encode_missing(self, prompts: Sequence[str]) -> None:
-        missing = [text for text in dict.fromkeys(prompts) if text not in self._encoded]
-        if missing and self.pipeline.text_encoder is None:
-            raise ValueError(f"prompt {missing[0]!r} was not encoded before the text encoders were freed")
-        for start in range(0, len(missing), self.prompts_per_call):
-            texts = missing[start : start + self.prompts_per_call]
-            # one batch shape for all, so that an embedding does not depend on which prompts come with it
-            with encoders_on(self.pipeline, self.memory, self.device):
-                made = self.encode_texts(texts + [texts[-1]] * (self.prompts_per_call - len(texts)))
-            kinds = (*made, None, None)[:3]
-            for i, text in enumerate(texts):
-                self._encoded[text] = tuple(None if kind is None else kind[i].cpu().clone() for kind in kinds)
-
-    def _forget(self, kept: int) -> None:
-        """Drop the embeddings that were not used for longest where all are more than the limit; some stay."""
-        size = sum(one.nbytes for one in self._encoded[self.negative_prompt] if one is not None)  # of one shape all
-        most = max(kept, int(self.embeddings_limit / size))
-        if self.pipeline.text_encoder is not None:  # once freed, none can be made again
-            for text in [*self._encoded][: max(len(self._encoded) - most, 0)]:
-                del self._encoded[text]
+    def _encode(self, texts: list[str]) -> tuple[Tensor | None, ...]:
+        with encoders_on(self.pipeline, self.memory, self.device):
+            return self.encode_texts(texts)
 
     def free_encoders(self) -> None:
         """Drop the text encoders; prompts encoded so far stay usable."""
@@ -269,10 +242,10 @@ class PipelineModel(Model):
         negative: bool = False,
         guidance_scale: float = 1.0,
     ) -> Latents:
-        return self._predict(latents, sigma, *_embeds(condition, negative), guidance_scale)
+        return self._predict(latents, sigma, *embeddings_of(condition, negative), guidance_scale)
 
     def network_doubled(self, latents: Latents, sigma: float, condition: Condition) -> tuple[Latents, Latents]:
-        (negative, *others), (positive, *kinds) = _embeds(condition, True), _embeds(condition, False)
+        (negative, *others), (positive, *kinds) = embeddings_of(condition, True), embeddings_of(condition, False)
         pooled, mask = (
             None if one is None or other is None else torch.cat([one, other])
             for one, other in zip(others, kinds, strict=True)
@@ -325,20 +298,6 @@ def timesteps(latents: Tensor, value: float) -> Float[Tensor, " b"]:
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
-def _stacked(rows: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
-    known = [row for row in rows if row is not None]
-    return torch.stack(known).to(device) if known else None
-
-
-def _embeds(condition: Condition, negative: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if not negative:
-        return condition.prompt_embeds, condition.pooled_prompt_embeds, condition.prompt_mask
-    if condition.negative_prompt_embeds is None:
-        raise ValueError("this condition has no negative prompt; encode it with the model that is guided")
-    embeds, pooled = condition.negative_prompt_embeds, condition.negative_pooled_prompt_embeds
-    return embeds, pooled, condition.negative_prompt_mask
 
 
 def _device_of(pipeline: Any) -> torch.device:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flowalign.models.alpha_table import alpha_table, grid, norm, starts_scaled
 from flowalign.models.base import Latents
-from flowalign.models.pipeline import Embedding, PipelineModel, timesteps
+from flowalign.models.encoding import Embedding
+from flowalign.models.pipeline import PipelineModel, timesteps
 
 FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 

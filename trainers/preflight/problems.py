@@ -50,7 +50,6 @@ def of_settings(trainer: Trainer, cut: Geometry, steps: tuple[PlannedStep, ...])
     found = [
         _no_noise(steps),
         _last_step(steps),
-        _guidance(trainer),
         _sampler(trainer),
         _clipping(trainer),
         _small_groups(trainer),
@@ -90,21 +89,6 @@ def _last_step(steps: tuple[PlannedStep, ...]) -> Found:
         "gradient. Leave it out: a step_fraction just below 1 (Flow-GRPO's authors do so), or last_step: false in the "
         "plan"
     )
-
-
-def _guidance(trainer: Trainer) -> Found:
-    scale = trainer.sampling.guidance_scale
-    if scale == 0 and not trainer.policy.unconditional_grad:
-        return error(
-            "sampling.guidance_scale 0 samples from the unconditional network alone, through which no gradient runs: "
-            "the policy would not change. Set it to 1 for no guidance"
-        )
-    if scale < 1:
-        return warning(
-            f"sampling.guidance_scale {scale:g} is below 1, which weakens the prompt (or turns against it); "
-            "1 is no guidance, and costs half"
-        )
-    return None
 
 
 def _sampler(trainer: Trainer) -> Found:
