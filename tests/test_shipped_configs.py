@@ -84,3 +84,15 @@ def test_pickscore_is_divided_by_26() -> None:
 def test_ocr_drops_what_it_cannot_read_and_the_others_stop() -> None:
     said = {name: resolved(f"flow_grpo/sd3.5_{name}.yaml")["on_invalid"] for name in ("pickscore", "ocr", "geneval")}
     assert said == {"pickscore": "stop", "ocr": "drop", "geneval": "stop"}
+
+
+def test_wan_s_settings_are_the_published_ones() -> None:
+    config = resolved("flow_grpo/wan2.1_ocr.yaml")
+    assert (config["kl_coef"], config["clip_range"], config["step_fraction"]) == (0.004, 1e-3, 0.99)
+    sampling = config["sampling"]
+    assert [sampling[key] for key in ("group_size", "batch_size", "steps", "guidance_scale")] == [4, 8, 20, 4.5]
+    assert config["optimizer"]["learning_rate"] == 1e-4
+    model = config["model"]
+    assert (model["height"], model["width"], model["frames"], model["mixed_precision"]) == (240, 416, 33, "bf16")
+    assert (config["evaluation"]["steps"], config["evaluation"]["every"]) == (50, 30)
+    assert config["advantages"] == "flowalign.advantages.group_advantages"
