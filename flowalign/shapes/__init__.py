@@ -54,6 +54,5 @@ def clip() -> tuple[CLIPModel, CLIPTokenizer]:
     from transformers import CLIPModel, CLIPTokenizer
 
     with _without_bars():
-        # plain attention: three times as fast as the fused one on a CPU at this size
-        model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32, attn_implementation="eager")
+        model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32)
     return model, CLIPTokenizer.from_pretrained(WEIGHTS / "clip")
