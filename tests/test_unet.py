@@ -108,12 +108,14 @@ def test_flow_grpo_on_stable_diffusion_through_the_same_trainer(tmp_path: FilePa
 def test_what_no_flow_can_do_is_refused_and_what_differs_is_told() -> None:
     with pytest.raises(ValueError, match="DDIMScheduler clips its samples"):
         alpha_table(ddim(clip_sample=True))  # the pipeline itself turns it off, and says so
+    with pytest.raises(ValueError, match="takes times that are not those of its table"):
+        alpha_table(euler(timestep_type="continuous"))
+    table = alpha_table(LCMScheduler())  # whose defaults are not DDIM's
+    assert table.sigmas[0] == pytest.approx(0.0283, abs=5e-5)
     with pytest.raises(ValueError, match="grid is for flow-matching models"):
         StableDiffusion(tiny_sd(ddim())(), grid=linear)
     assert StableDiffusion(tiny_sd(ddim())()).scheduler_note() is None
-    shipped = StableDiffusion(
-        tiny_sd(PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, **ALPHAS))()
-    )
+    shipped = StableDiffusion(tiny_sd(PNDMScheduler(skip_prk_steps=True, steps_offset=1, **ALPHAS))())
     assert "ships PNDMScheduler, of higher order" in str(shipped.scheduler_note())
     assert shipped.sigmas(20) == StableDiffusion(tiny_sd(ddim())()).sigmas(20)
     assert StableDiffusionXL(tiny_sdxl(euler(**TURBO))()).scheduler_note() is None
@@ -122,7 +124,7 @@ def test_what_no_flow_can_do_is_refused_and_what_differs_is_told() -> None:
 def test_check_tells_of_a_shipped_scheduler_of_higher_order(tmp_path: FilePath) -> None:
     from trainers.preflight.problems import _sampler
 
-    scheduler = PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, **ALPHAS)
+    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, **ALPHAS)
     trainer = job(tmp_path, model=StableDiffusion(tiny_sd(scheduler)()))
     assert _sampler(trainer) is not None
     assert "PNDMScheduler" in _sampler(trainer).text

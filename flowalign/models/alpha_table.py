@@ -50,7 +50,7 @@ def _log_ratio(sigma: float | np.ndarray) -> np.ndarray:
 def alpha_table(scheduler: Any) -> AlphaTable:
     """The table of a pipeline's scheduler.
 
-    Raises: ValueError for one that clips or thresholds its samples, as no step of a flow is.
+    Raises: ValueError for one that clips or thresholds its samples, as no step of a flow is, or has times of its own.
     """
     config = scheduler.config
     clips = config.get("clip_sample", False) and type(scheduler).__name__ in ("DDIMScheduler", "LCMScheduler")
@@ -59,7 +59,12 @@ def alpha_table(scheduler: Any) -> AlphaTable:
             f"the pipeline's {type(scheduler).__name__} clips its samples (clip_sample or thresholding), which no step "
             "of a flow does; turn both off in the scheduler's config"
         )
-    kept = DDIMScheduler.from_config(config).alphas_cumprod.double().numpy()
+    if config.get("timestep_type", "discrete") != "discrete" or config.get("interpolation_type", "linear") != "linear":
+        raise ValueError(
+            f"the pipeline's {type(scheduler).__name__} takes times that are not those of its table (timestep_type, "
+            "interpolation_type); give it discrete and linear ones"
+        )
+    kept = scheduler.alphas_cumprod.double().numpy()
     alpha, s = np.sqrt(kept), np.sqrt(1 - kept)
     return AlphaTable(s / (alpha + s))
 
@@ -79,9 +84,11 @@ def grid(scheduler: Any, table: AlphaTable, steps: int) -> list[float]:
         consistent = LCMScheduler.from_config(config)
         consistent.set_timesteps(steps)
         return [*(float(table.sigmas[t]) for t in consistent.timesteps), 0.0]
-    ddim = DDIMScheduler.from_config(config)
+    # not from_config: it puts its own defaults in the place of another class's
+    spacing, offset = config.timestep_spacing, config.get("steps_offset", 0)
+    ddim = DDIMScheduler(len(table.sigmas), timestep_spacing=spacing, steps_offset=offset)
     ddim.set_timesteps(steps)
-    last = 0.0 if ddim.config.set_alpha_to_one else float(table.sigmas[0])
+    last = 0.0 if config.get("set_alpha_to_one", True) else float(table.sigmas[0])
     return [*(float(table.sigmas[t]) for t in ddim.timesteps), last]
 
 

@@ -23,7 +23,7 @@ class StableDiffusion(PipelineModel):
 
         x_0 = c_skip x + c_out x_0_hat,   c_skip = d^2 / ((c t)^2 + d^2),   c_out = c t / sqrt((c t)^2 + d^2)
 
-    with d = 0.5 and c its timestep_scaling; the transition `ReNoise` is then LCM's own step. A UNet that was distilled
+    with d = 0.5 and c its timestep_scaling; the transition `Renoise` is then LCM's own step. A UNet that was distilled
     with guidance is told the guidance scale, and called once.
 
     Raises: ValueError for `grid`, which is flow-matching models', and where an eps model is asked at alpha = 0.
