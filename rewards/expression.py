@@ -51,6 +51,7 @@ REWARDS: dict[str, str] = {
     "ocr": "rewards.ocr.OCR",
     "pickscore": "rewards.pickscore.PickScore",
     "shapes": "rewards.shapes.ShapesVerifier",
+    "shapes_video": "rewards.shapes_video.ShapesVideoVerifier",
     "siglip": "rewards.siglip.SigLIPScore",
     "videoreward": "rewards.video_reward.VideoReward",
 }

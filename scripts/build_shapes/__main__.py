@@ -7,6 +7,8 @@
     python scripts/build_shapes few_step --out build/shapes   # needs the exported base; export again after it
     python scripts/build_shapes video_vae --out build/shapes
     python scripts/build_shapes video_base --out build/shapes # needs the video autoencoder
+    python scripts/build_shapes video_decoder --out build/shapes # needs the video autoencoder
+    python scripts/build_shapes export_video --out build/shapes # writes flowalign/shapes/video/weights
     python scripts/build_shapes longer --out build/shapes     # a control: the base after 20 % more steps
 
 Every stage saves its state each minute and goes on from it when started again; on two CPU cores all of them together
@@ -21,11 +23,11 @@ from pathlib import Path
 import torch
 from base import build_base, build_longer
 from contrastive import build_clip
-from export import export
+from export import export, export_video
 from few_step import build_few_step
 from vae import build_vae
 from video_base import build_video_base
-from video_vae import build_video_vae
+from video_vae import build_video_decoder, build_video_vae
 
 STAGES = {
     "vae": build_vae,
@@ -36,6 +38,8 @@ STAGES = {
     "longer": build_longer,
     "video_vae": build_video_vae,
     "video_base": build_video_base,
+    "video_decoder": build_video_decoder,
+    "export_video": export_video,
 }
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ PAIRS = 60_000
 CALL = 256  # rows of a teacher's call
 TEACHER_STEPS, GUIDANCE = 12, 3.0
 STEPS, BATCH, LEARNING_RATE = 9_000, 64, 1e-3
-RANK = 32
+RANK = 24
 
 
 def captions(count: int) -> list[str]:

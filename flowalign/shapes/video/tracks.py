@@ -14,6 +14,7 @@ from flowalign.shapes.video.outlines import patches, resemblance
 from flowalign.shapes.video.scenes import Actor, Spec
 
 LEAST_RESEMBLANCE = 0.86  # blurred, noisy and pale shapes have 0.88 at least; a half circle, a ring, a bar less
+EVEN = 0.01  # by which another shape may resemble more: of blurred videos, it is often less
 LEAST_SEEN = 0.6  # share of frames an object has to be found in, for its motion to be told
 
 
@@ -97,11 +98,12 @@ def _resemblances(frames: Float[np.ndarray, "n 3 h w"], known: list[tuple[int, D
 
 def _track(actor: Actor, things: list[Detected | None], alike: Float[np.ndarray, "f s"]) -> Track:
     shape = SHAPES.index(actor.shape)
-    right = (alike.argmax(1) == shape) & (alike[:, shape] >= LEAST_RESEMBLANCE)
+    own = alike[:, shape]
+    right = (own >= alike.max(1) - EVEN) & (own >= LEAST_RESEMBLANCE)
     extents = [thing.extent for thing in things if thing]
     return Track(
         tuple(thing.color if thing else None for thing in things),
         np.array([(thing.x, thing.y) if thing else (math.nan, math.nan) for thing in things]),
         float(np.median(extents)) if extents else math.nan,
-        np.where(right, 1.0, 0.5 * alike[:, shape]),
+        np.where(right, 1.0, 0.5 * own),
     )

@@ -1,7 +1,8 @@
-"""What the quick start teaches, over seeds and with controls, on held-out prompts that no run has evaluated on.
+"""What a config of the embedded worlds teaches, over seeds and with controls, on held-out prompts it never saw.
 
-    python scripts/quick_start_evidence.py --out build/evidence --seeds 0 1 2
-    python scripts/quick_start_evidence.py --out build/evidence --seeds 0 --shuffled     # control: credit is noise
+    python scripts/shapes_evidence.py --out build/evidence --seeds 0 1 2
+    python scripts/shapes_evidence.py --out build/evidence --seeds 0 --shuffled     # control: credit is noise
+    python scripts/shapes_evidence.py --config flow_grpo/shapes_video --out build/video_evidence
 
 Each run's kept policy is compared with the base on 512 held-out prompts from fixed noise: mean strict gain, the lower
 end of its paired 95 % interval, and the gain on unseen compositions alone. Results are printed and appended to
@@ -22,11 +23,11 @@ from torch import Tensor
 from flowalign.advantages import flow_grpo_advantages
 from flowalign.cli import parse_trainer
 from flowalign.config import arguments_of, build, construct, find_config, load_yaml, override
+from flowalign.media import shown
 from flowalign.models.base import Model
-from flowalign.records import Media
+from flowalign.records import Prompts
 from flowalign.sample import pictures
-from flowalign.shapes import held_out_prompts
-from rewards import ShapesVerifier
+from rewards.base import Reward
 
 
 def shuffled_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -46,11 +47,15 @@ def _model(model: Model) -> Model:
     return model
 
 
-def strict(model: Model, config: dict[str, Any], prompts: Any) -> Tensor:
-    """1 for each prompt whose picture is right, 0 otherwise."""
-    sampling, verifier = config["sampling"], ShapesVerifier()
-    drawn = pictures(model, prompts.text, sampling["steps"], sampling["guidance_scale"], 7, "evidence", 128)
-    return verifier.score(Media(torch.cat(list(drawn))), prompts).parts["strict"]
+def _judging(reward: Reward, prompts: Prompts) -> tuple[Reward, Prompts]:
+    return reward, prompts
+
+
+def strict(model: Model, config: dict[str, Any], reward: Reward, prompts: Prompts) -> Tensor:
+    """1 for each prompt whose picture or video is right, 0 otherwise."""
+    sampling = config["sampling"]
+    drawn = pictures(model, prompts, sampling["steps"], sampling["guidance_scale"], 7, "evidence", 128)
+    return reward(shown(torch.cat(list(drawn)), prompts, model.fps), prompts).parts["strict"]
 
 
 def train(config: dict[str, Any], folder: Path, shuffled: bool) -> float:
@@ -76,13 +81,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     config = load_yaml(find_config(arguments.config))
-    prompts = held_out_prompts(512, 1, tuple(config["evaluation"]["prompts"]["kinds"]))
+    asked = config["evaluation"]["prompts"] | {"count": 512, "seed": 1}
+    reward, prompts = build(_judging, {"reward": config["reward"], "prompts": asked})
     unseen = torch.tensor([row["unseen"] for row in prompts.metadata])
-    before = strict(model_of(config, None), config, prompts)
+    before = strict(model_of(config, None), config, reward, prompts)
     for seed in arguments.seeds:
         folder = arguments.out / f"{'shuffled' if arguments.shuffled else 'seed'}-{seed}"
         seconds = train(override(config, {"seed": seed, "folder": str(folder)}), folder, arguments.shuffled)
-        gain = strict(model_of(config, folder / "lora"), config, prompts) - before
+        gain = strict(model_of(config, folder / "lora"), config, reward, prompts) - before
         result = {
             "run": folder.name,
             "seconds": round(seconds),
