@@ -1,7 +1,13 @@
-"""LoRA through peft: a policy to train, and the reference it is held to."""
+"""LoRA through peft: a policy to train, and the reference it is held to.
+
+Networks of most families take adapters by methods of diffusers' own (`PeftAdapterMixin`), and their pipelines read and
+write them (`load_lora_weights`). Of some families diffusers has neither. Their policies are peft's own folders,
+adapter_model.safetensors beside adapter_config.json, as `peft.PeftModel.from_pretrained(network, folder)` reads them.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers.loaders import PeftAdapterMixin
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flowalign.lora_files import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, adapter_settings, read_lora
 
 POLICY = "policy"
 START = "start"
@@ -47,9 +57,9 @@ def add_policy(pipeline: Any, network: nn.Module, lora: LoRA, family_targets: tu
     """
     network.requires_grad_(False)
     if lora.start is not None:
-        _load(pipeline, lora.start, POLICY)
+        _load(pipeline, network, lora.start, POLICY)
         if lora.reference == "start":
-            _load(pipeline, lora.start, START)
+            _load(pipeline, network, lora.start, START)
     else:
         targets = lora.targets or family_targets
         _check_targets(network, targets)
@@ -58,12 +68,30 @@ def add_policy(pipeline: Any, network: nn.Module, lora: LoRA, family_targets: tu
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network.add_adapter(config, adapter_name=POLICY)  # type: ignore[operator]
-    network.set_adapter(POLICY)  # type: ignore[operator]
+            add_adapter(network, config, POLICY)
+    _activate(network, POLICY)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(f".{POLICY}." in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def add_adapter(network: nn.Module, config: LoraConfig, name: str) -> None:
+    """Put an adapter on a network and make it the one in use."""
+    if isinstance(network, PeftAdapterMixin):
+        network.add_adapter(config, adapter_name=name)
+    else:
+        inject_adapter_in_model(config, network, name)
+        _activate(network, name)
+
+
+def _activate(network: nn.Module, name: str) -> None:
+    for layer in _layers(network):
+        layer.set_adapter([name])
+
+
+def _layers(network: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _check_targets(network: nn.Module, targets: tuple[str, ...]) -> None:
@@ -73,10 +101,28 @@ def _check_targets(network: nn.Module, targets: tuple[str, ...]) -> None:
             raise ValueError(f"LoRA target {target!r} names no module of {type(network).__name__}")
 
 
-def _load(pipeline: Any, path: str, name: str) -> None:
+def _load(pipeline: Any, network: nn.Module, path: str, name: str) -> None:
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist: LoRA.start is a folder or file of LoRA weights")
-    pipeline.load_lora_weights(path, adapter_name=name)
+    if isinstance(network, PeftAdapterMixin):
+        pipeline.load_lora_weights(path, adapter_name=name)
+    else:
+        _load_by_peft(network, path, name)
+
+
+def _load_by_peft(network: nn.Module, path: str, name: str) -> None:
+    """A LoRA of peft's or diffusers' layout, by its modules' names without the network's."""
+    factors = {module.partition(".")[2]: one for module, one in read_lora(path).factors.items()}
+    known = dict(network.named_modules())
+    unknown = [module for module in factors if module not in known]
+    if unknown:
+        raise ValueError(f"{path} is a LoRA of {unknown[0]}, which {type(network).__name__} does not have")
+    with torch.random.fork_rng(devices=[]):
+        add_adapter(network, LoraConfig(**adapter_settings(factors)), name)
+    weights = dict[str, Tensor]()
+    for module, one in factors.items():
+        weights |= {f"{module}.lora_A.weight": one.down, f"{module}.lora_B.weight": one.up}
+    set_peft_model_state_dict(network, weights, adapter_name=name)
 
 
 def policy_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -87,7 +133,7 @@ def policy_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 @contextmanager
 def as_reference(network: nn.Module, reference: Literal["base", "start"]) -> Iterator[None]:
     """While entered, the network runs without the policy's adapter, or with the frozen copy of its start."""
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    layers = _layers(network)
     trained = policy_parameters(network)
     for layer in layers:
         if reference == "base":
@@ -107,7 +153,7 @@ def as_reference(network: nn.Module, reference: Literal["base", "start"]) -> Ite
 
 
 def save_policy(pipeline: Any, network: nn.Module, folder: Path, network_name: str = "transformer") -> None:
-    """Write the adapter as diffusers' `load_lora_weights` reads it, rank and alpha in its metadata.
+    """Write the adapter as diffusers' `load_lora_weights` reads it, rank and alpha in its metadata; else as peft does.
 
     network_name: what the pipeline calls the network, "transformer" or "unet".
     """
@@ -116,5 +162,10 @@ def save_policy(pipeline: Any, network: nn.Module, folder: Path, network_name: s
     settings = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     weights = get_peft_model_state_dict(network, adapter_name=POLICY)
     layers = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    told = {f"{network_name}_lora_layers": layers, f"{network_name}_lora_adapter_metadata": settings}
-    pipeline.save_lora_weights(str(folder), **told)  # metadata in one order: equal policies are equal files
+    if isinstance(network, PeftAdapterMixin):
+        told = {f"{network_name}_lora_layers": layers, f"{network_name}_lora_adapter_metadata": settings}
+        pipeline.save_lora_weights(str(folder), **told)  # metadata in one order: equal policies are equal files
+    else:
+        named = {PEFT_PREFIX + name: value for name, value in layers.items()}
+        save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+        (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))

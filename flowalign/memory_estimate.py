@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowalign.adapters import POLICY, START
+from flowalign.adapters import POLICY, START, add_adapter
 from flowalign.models.memory import Memory, linear_layers
 from flowalign.models.pipeline import PipelineModel
 from flowalign.records import Condition
@@ -142,20 +142,27 @@ def _inputs(model: PipelineModel, condition: Condition) -> tuple[Condition, Tens
     return condition.to(model.device), torch.empty(len(condition), *model.latent_shape, device=model.device)
 
 
-def decode_peak(model: PipelineModel, rows: int) -> int:
-    """Bytes held at most while so many pictures are decoded without gradient."""
+def decode_peak(model: PipelineModel, rows: int, score: Callable[[Tensor], Tensor] | None = None) -> int:
+    """Bytes held at most while so many pictures are decoded: without gradient, or scored and gone back through.
+
+    score: a number of each picture, with gradient.
+
+    Raises: RuntimeError where it looks at the pictures' numbers, which a fake does not have.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     shadow = copy.copy(model)
     shadow.pipeline = copy.copy(model.pipeline)
     vae = type(model.pipeline.vae)
-    with mode, torch.no_grad():
+    with mode, torch.set_grad_enabled(score is not None):
         made = vae.from_config(model.pipeline.vae.config)
         made.use_slicing, made.use_tiling = model.pipeline.vae.use_slicing, model.pipeline.vae.use_tiling
         _cast(made, model.pipeline.vae.dtype, model.device)
         object.__setattr__(shadow.pipeline, "vae", made)
-        latents = torch.empty(rows, *model.latent_shape, device=model.device)
+        latents = torch.empty(rows, *model.latent_shape, device=model.device, requires_grad=score is not None)
         with Peak() as peak:
-            shadow.decode(latents)
+            pixels = shadow.decode(latents)
+            if score is not None:
+                score(pixels).sum().backward()
     return peak.most
 
 
@@ -164,8 +171,7 @@ def _shadow(model: PipelineModel, mode: FakeTensorMode, precision: torch.dtype |
     network: Any = model.module
     with torch.device("meta"):
         made = type(network).from_config(network.config)
-        made.add_adapter(network.peft_config[POLICY], adapter_name=POLICY)
-    made.set_adapter(POLICY)
+        add_adapter(made, network.peft_config[POLICY], POLICY)
     shadow = copy.copy(model)
     shadow.call = made
     if precision is not None:

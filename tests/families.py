@@ -4,28 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from flowalign.models import SD3, Flux, PipelineModel, QwenImage, StableDiffusion, StableDiffusionXL, Wan, ZImage
+from flowalign.models import (
+    SD3,
+    Flux,
+    PipelineModel,
+    PixArt,
+    QwenImage,
+    StableDiffusion,
+    StableDiffusionXL,
+    Wan,
+    ZImage,
+)
 from tests.tiny import byte_tokenizer, small_vae, text_config, tiny_sd3
 from tests.tiny_flux import tiny_flux
+from tests.tiny_pixart import pixart_ddim, tiny_pixart, tiny_pixart_1024, tiny_pixart_sigma
 from tests.tiny_qwen_image import tiny_qwen_image
 from tests.tiny_wan import tiny_wan, tiny_wan_5b
 from tests.tiny_z_image import tiny_z_image
 
 ALPHAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's
+
+
+def by_diffusers(pipe: Any, folder: Path) -> None:
+    pipe.load_lora_weights(folder)
+
+
+def by_peft(pipe: Any, folder: Path) -> None:
+    """For families that diffusers has no LoRA loader for; it replaces layers of the transformer itself."""
+    PeftModel.from_pretrained(pipe.transformer, folder)
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,7 @@ class Case:
     packed: our latents as the pipeline takes and gives them.
     unused: modules whose result the network throws away, so that their policy has no gradient.
     guides: whether the guidance scale makes a difference.
+    load: puts a saved policy on a plain pipeline.
     """
 
     name: str
@@ -54,6 +78,7 @@ class Case:
     packed: Callable[[PipelineModel, Tensor], Tensor] = lambda model, latents: latents
     unused: tuple[str, ...] = ()
     guides: bool = True
+    load: Callable[[Any, Path], None] = by_diffusers
     tolerance: float = 1e-5
 
 
@@ -148,6 +173,9 @@ def less_one(guidance: float) -> float:
 
 PICTURES = ({"height": 32, "width": 32}, {"height": 48, "width": 32})
 TOLD, LONGER = {"max_sequence_length": 24}, {"max_sequence_length": 48}  # Z-Image pads to multiples of 32
+UNBINNED = {"use_resolution_binning": False, "clean_caption": False}  # sizes and prompts as they are asked
+FIRST = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, solver_order=1)  # of order 2 as PixArt ships it
+TRAILING = pixart_ddim(timestep_spacing="trailing")
 CASES = (
     Case(
         "sd3",
@@ -185,5 +213,24 @@ CASES = (
         LONGER | {"cfg_normalization": 1.0, "cfg_truncation": 0.6},
         PICTURES,
         scale=less_one,
+    ),
+    Case("pixart-alpha", seeded(tiny_pixart), PixArt, TOLD, PICTURES, calls=UNBINNED, load=by_peft),
+    Case(
+        "pixart-alpha 1024, dpm-solver",
+        seeded(lambda: tiny_pixart_1024(FIRST)),
+        PixArt,
+        TOLD,
+        PICTURES,
+        calls=UNBINNED,
+        load=by_peft,
+    ),
+    Case(
+        "pixart-sigma",
+        seeded(lambda: tiny_pixart_sigma(TRAILING)),
+        PixArt,
+        TOLD,
+        PICTURES,
+        calls=UNBINNED,
+        load=by_peft,
     ),
 )

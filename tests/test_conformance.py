@@ -134,7 +134,7 @@ def test_the_policy_loads_in_plain_diffusers(case: Case, tmp_path: FilePath) -> 
     ours = sampled(case, model, start, case.guided)
     model.save(tmp_path)
     pipe: Any = case.make()
-    pipe.load_lora_weights(tmp_path)
+    case.load(pipe, tmp_path)
     theirs = by_pipeline(case, pipe, model, start, case.guided, "latent")
     assert_same(case, case.packed(model, ours), theirs)
     with model.reference():

@@ -6,8 +6,9 @@ from typing import Any
 
 from flowalign.models.base import Model
 from flowalign.models.flux import Flux
-from flowalign.models.loading import pipeline_class
+from flowalign.models.loading import pipeline_class, settings_of
 from flowalign.models.pipeline import PipelineModel
+from flowalign.models.pixart import PixArt
 from flowalign.models.qwen_image import QwenImage
 from flowalign.models.sd3 import SD3
 from flowalign.models.unet import StableDiffusion, StableDiffusionXL
@@ -21,6 +22,7 @@ FAMILIES: tuple[type[PipelineModel], ...] = (
     Flux,
     QwenImage,
     ZImage,
+    PixArt,
     Wan,
     WanImageToVideo,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "Flux",
     "Model",
     "PipelineModel",
+    "PixArt",
     "QwenImage",
     "StableDiffusion",
     "StableDiffusionXL",
@@ -48,7 +51,9 @@ def as_model(model: Any) -> Model:
     """
     if isinstance(model, Model):
         return model
-    return family_of(pipeline_class(model) if isinstance(model, str) else type(model).__name__)(model)
+    if isinstance(model, str):
+        return family_of(pipeline_class(model))(model, **settings_of(model))
+    return family_of(type(model).__name__)(model)
 
 
 def family_of(pipeline: str) -> type[PipelineModel]:

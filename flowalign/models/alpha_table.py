@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 
 EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 LARGEST = 2.0**12  # s / alpha where alpha is 0, as diffusers' EulerDiscreteScheduler has it
@@ -72,10 +72,14 @@ def alpha_table(scheduler: Any) -> AlphaTable:
 def grid(scheduler: Any, table: AlphaTable, steps: int) -> list[float]:
     """The sigmas of `steps` first-order steps as the pipeline's scheduler spaces them: steps + 1 values.
 
-    Euler's own for Euler's schedulers (of the ancestral one without its noise), LCM's own for its scheduler, and DDIM's
-    for all others, which are of higher order. DDIM's grid ends above 0 unless the scheduler says set_alpha_to_one.
+    Euler's own for Euler's schedulers (of the ancestral one without its noise), LCM's and the multistep DPM-Solver's
+    own for theirs, and DDIM's for all others. DDIM's grid ends above 0 unless the scheduler says set_alpha_to_one.
     """
     config = scheduler.config
+    if type(scheduler).__name__ == "DPMSolverMultistepScheduler":
+        solver = DPMSolverMultistepScheduler.from_config(config)
+        solver.set_timesteps(steps)
+        return [float(ratio / (1 + ratio)) for ratio in solver.sigmas.double()]
     if type(scheduler).__name__ in EULER:
         euler = EulerDiscreteScheduler.from_config(config)
         euler.set_timesteps(steps)

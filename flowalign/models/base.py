@@ -87,6 +87,13 @@ class Model(ABC):
     def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
         """Pictures in [0, 1], differentiable in the latents."""
 
+    def encode_media(self, pixels: Float[Tensor, "b *frames 3 h w"]) -> Latents:
+        """Latents at sigma 0 of media in [0, 1] that have the model's size, without gradient: `decode` turned round.
+
+        Raises: ValueError for a model that has no encoder of media.
+        """
+        raise ValueError(f"{type(self).__name__} has no encoder of pictures or videos")
+
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
         """The policy's parameters by name, in a fixed order."""

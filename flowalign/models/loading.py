@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-SHAPES = "shapes"
+
+@dataclass(frozen=True)
+class Embedded:
+    """A pipeline that comes with the package.
+
+    kind: its diffusers class. load: the function of flowalign.shapes that loads it. settings: arguments of the adapter
+    that it was trained for, where the adapter's defaults are a large model's.
+    """
+
+    kind: str
+    load: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+EMBEDDED = {
+    "shapes": Embedded("StableDiffusion3Pipeline", "text_to_image"),
+    "shapes-few-step": Embedded("StableDiffusion3Pipeline", "few_step"),
+}
+NAMES = ", ".join(EMBEDDED)
 
 
 def load_pipeline(pipeline: Any, families: tuple[str, ...], dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
-    """A pipeline as it is, or that of a folder, a hub id, or "shapes" (embedded).
+    """A pipeline as it is, or that of a folder, a hub id, or an embedded one's name (`EMBEDDED`).
 
     Args:
         families: names of the diffusers classes that will do.
@@ -31,10 +50,10 @@ def load_pipeline(pipeline: Any, families: tuple[str, ...], dtypes: Mapping[str,
 def _load(name: str, dtypes: Mapping[str, torch.dtype] | None) -> Any:
     from diffusers import DiffusionPipeline
 
-    if name == SHAPES:
-        from flowalign.shapes import text_to_image
+    if name in EMBEDDED:
+        import flowalign.shapes
 
-        return text_to_image()
+        return getattr(flowalign.shapes, EMBEDDED[name].load)()
     _check_folder(name)
     try:
         place = Path(name).expanduser() if _is_path(name) else name
@@ -44,14 +63,14 @@ def _load(name: str, dtypes: Mapping[str, torch.dtype] | None) -> Any:
 
 
 def pipeline_class(name: str) -> str:
-    """The diffusers class of the pipeline of a folder, a hub id, or "shapes", without loading its weights.
+    """The diffusers class of the pipeline of a folder, a hub id, or an embedded one, without loading its weights.
 
     Raises: ValueError where there is none.
     """
     from diffusers import DiffusionPipeline
 
-    if name == SHAPES:
-        return "StableDiffusion3Pipeline"
+    if name in EMBEDDED:
+        return EMBEDDED[name].kind
     _check_folder(name)
     try:
         return str(
@@ -61,10 +80,15 @@ def pipeline_class(name: str) -> str:
         raise ValueError(f"{name!r} is no diffusers pipeline, neither as a folder nor on the hub: {error}") from error
 
 
+def settings_of(name: str) -> Mapping[str, Any]:
+    """Arguments of the adapter that go with a pipeline's name: none but for some embedded ones."""
+    return EMBEDDED[name].settings if name in EMBEDDED else {}
+
+
 def _is_path(name: str) -> bool:
     return Path(name).expanduser().is_dir()
 
 
 def _check_folder(name: str) -> None:
     if name.startswith((".", "/", "~")) and not _is_path(name):
-        raise ValueError(f"{name} is not a folder; name a pipeline's folder, a hub id, or 'shapes'")
+        raise ValueError(f"{name} is not a folder; name a pipeline's folder, a hub id, or one of {NAMES}")

@@ -31,7 +31,7 @@ class PipelineModel(Model):
     A family says which pipelines it takes, and how they encode, call the network, and decode.
 
     Args:
-        pipeline: the pipeline, a folder or hub id of one, or "shapes" for the embedded world's.
+        pipeline: the pipeline, a folder or hub id of one, or an embedded one: shapes, shapes-few-step.
         lora: the policy.
         height, width: of the pictures, in pixels; None for the pipeline's default.
         max_sequence_length: of a prompt in tokens, where the family can choose; None for the pipeline's default.
@@ -280,6 +280,18 @@ class PipelineModel(Model):
         shift = getattr(config, "shift_factor", None) or 0.0
         decoded: Tensor = self.pipeline.vae.decode(latents / config.scaling_factor + shift, return_dict=False)[0]
         return decoded
+
+    @torch.no_grad()
+    def encode_media(self, pixels: Float[Tensor, "b *frames 3 h w"]) -> Latents:
+        own = None if self._decode_autocast else self.pipeline.vae.dtype
+        with _autocast(self.device, self._decode_autocast):
+            return self.encode_latents(pixels.to(self.device, own) * 2 - 1).float()
+
+    def encode_latents(self, pixels: Float[Tensor, "b *frames 3 h w"]) -> Latents:
+        """What the VAE makes of pixels in [-1, 1], the mean of its distribution, as `decode_latents` takes it."""
+        config = self.pipeline.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        return (self.pipeline.vae.encode(pixels).latent_dist.mode() - shift) * config.scaling_factor  # type: ignore[no-any-return]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return policy_parameters(self.module)

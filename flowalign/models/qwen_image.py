@@ -92,9 +92,19 @@ class QwenImage(PatchModel):
         )[0]
         return self.unpack(velocity, latents)
 
-    def decode_latents(self, latents: Latents) -> Float[Tensor, "b 3 h w"]:
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of the VAE's latents, channel by channel."""
         config = self.pipeline.vae.config
-        mean, std = (torch.tensor(one).view(-1, 1, 1).to(latents) for one in (config.latents_mean, config.latents_std))
+        mean, std = (torch.tensor(one).view(-1, 1, 1).to(like) for one in (config.latents_mean, config.latents_std))
+        return mean, std
+
+    def encode_latents(self, pixels: Float[Tensor, "b 3 h w"]) -> Latents:
+        mean, std = self._scale(pixels)
+        made: Tensor = self.pipeline.vae.encode(pixels.unsqueeze(2)).latent_dist.mode()
+        return (made[:, :, 0] - mean) / std
+
+    def decode_latents(self, latents: Latents) -> Float[Tensor, "b 3 h w"]:
+        mean, std = self._scale(latents)
         video = (latents * std + mean).unsqueeze(2)
         decoded: Tensor = self.pipeline.vae.decode(video, return_dict=False)[0]
         return decoded[:, :, 0]

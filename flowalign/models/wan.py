@@ -160,10 +160,22 @@ class Wan(PipelineModel):
         )[0]
         return velocity
 
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of the VAE's latents, channel by channel."""
+        config = self.pipeline.vae.config
+        mean, std = (
+            torch.tensor(one).view(1, -1, 1, 1, 1).to(like) for one in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
+
+    def encode_latents(self, pixels: Float[Tensor, "b frames 3 h w"]) -> Frames:
+        mean, std = self._scale(pixels)
+        made: Tensor = self.pipeline.vae.encode(pixels.transpose(1, 2)).latent_dist.mode()
+        return (made - mean) / std
+
     def decode_latents(self, latents: Frames) -> Float[Tensor, "b frames 3 h w"]:
         vae = self.pipeline.vae
-        known = (vae.config.latents_mean, vae.config.latents_std)
-        mean, std = (torch.tensor(one).view(1, -1, 1, 1, 1).to(latents) for one in known)
+        mean, std = self._scale(latents)
         scaled = latents * std + mean
         recompute = self.decode_checkpointing and torch.is_grad_enabled()
         decoded = decode_recomputed(vae, scaled) if recompute else vae.decode(scaled, return_dict=False)[0]

@@ -1,0 +1,82 @@
+"""What diffusion models on a table of alphas share: grids, their ends, and predictions as velocities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from flowalign.models.alpha_table import alpha_table, grid, norm, starts_scaled
+from flowalign.models.base import Latents
+from flowalign.models.pipeline import PipelineModel
+
+FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
+ADDS_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+
+
+class AlphaModel(PipelineModel):
+    """A pipeline whose network predicts eps, v or x_0 of x = alpha x_0 + s eps; arguments are `PipelineModel`'s.
+
+    Latents, sigmas and velocities are rectified flow's (`flowalign.models.alpha_table`). Under an LCMScheduler the
+    prediction is the consistency function (arXiv:2310.04378, eq. 9)
+
+        x_0 = c_skip x + c_out x_0_hat,   c_skip = d^2 / ((c t)^2 + d^2),   c_out = c t / sqrt((c t)^2 + d^2)
+
+    with d = 0.5 and c its timestep_scaling; the transition `Renoise` is then LCM's own step.
+
+    Raises: ValueError for `grid`, which is flow-matching models', and where an eps model is asked at alpha = 0.
+    """
+
+    def prepare(self) -> None:
+        if self.grid is not None:
+            raise ValueError(f"grid is for flow-matching models; {type(self.pipeline).__name__} has a table of alphas")
+        self.table, self.config = alpha_table(self.pipeline.scheduler), self.pipeline.scheduler.config
+        self.consistent = type(self.pipeline.scheduler).__name__ == "LCMScheduler"
+
+    def default_size(self) -> int:
+        network: Any = self.module
+        size = network.config.sample_size
+        return int((size if isinstance(size, int) else size[0]) * self.pipeline.vae_scale_factor)
+
+    def latents_of(self, height: int, width: int) -> tuple[int, ...]:
+        network: Any = self.module
+        factor = self.pipeline.vae_scale_factor
+        return network.config.in_channels, height // factor, width // factor
+
+    def sigmas(self, steps: int) -> list[float]:
+        return grid(self.pipeline.scheduler, self.table, steps)
+
+    def start(self, noise: Latents, sigma: float) -> Latents:
+        return noise * (sigma if starts_scaled(self.pipeline.scheduler) else norm(sigma))
+
+    def finish(self, latents: Latents, sigma: float) -> Latents:
+        return latents / norm(sigma)
+
+    def scheduler_note(self) -> str | None:
+        shipped = type(self.pipeline.scheduler).__name__
+        if shipped in FIRST_ORDER:
+            return None
+        if shipped in ADDS_NOISE:
+            return f"the pipeline ships {shipped}, which adds noise; FlowAlign evaluates by Euler steps without it"
+        return (
+            f"the pipeline ships {shipped}, of higher order; FlowAlign samples by DDIM steps on its spacing, which "
+            "takes more steps for the same detail"
+        )
+
+    def velocity_of(self, made: Tensor, latents: Latents, sigma: float) -> Latents:
+        """eps - x_0, from what the network predicted in float32 at the timestep of a sigma and x = latents / norm."""
+        x, time = latents / norm(sigma), self.table.timestep(sigma)
+        alpha, s = (1 - sigma) / norm(sigma), sigma / norm(sigma)
+        if self.config.prediction_type == "epsilon":
+            if alpha == 0:
+                raise ValueError("an eps model says nothing at alpha = 0, where its latents are pure noise")
+            denoised, noise = (x - s * made) / alpha, made
+        elif self.config.prediction_type == "v_prediction":
+            denoised, noise = alpha * x - s * made, alpha * made + s * x
+        else:
+            denoised, noise = made, (x - alpha * made) / s
+        if not self.consistent:
+            return noise - denoised
+        scaled, width = time * self.config.timestep_scaling, 0.5
+        skip, out = width**2 / (scaled**2 + width**2), scaled / (scaled**2 + width**2) ** 0.5
+        return (latents - (skip * x + out * denoised)) / sigma
