@@ -14,6 +14,7 @@ from rewards.algebra import (
     Spread,
     WorstCase,
 )
+from rewards.averaging import average_rewards
 from rewards.base import Card, Minimum, Product, Reward, WeightedSum
 from rewards.chat import Chat, Endpoint
 from rewards.clip import CLIPScore
@@ -123,5 +124,6 @@ __all__ = [
     "WeightedSum",
     "WinRate",
     "WorstCase",
+    "average_rewards",
     "parse_reward",
 ]

@@ -1,0 +1,116 @@
+"""Two rewards against each other, point by point, as an SVG file of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from flowalign.report.charts import Scale, Tick, labelled, ticks
+
+WIDTH, HEIGHT = 520, 400
+LEFT, RIGHT, TOP, BOTTOM = 64, 500, 34, 346  # the frame inside the picture
+AIR = 0.08  # of the range, around the points
+ROOM = 90  # pixels that a label takes
+STYLE = """
+text { font: 11px system-ui, sans-serif; fill: #59636e } .title { font-size: 13px; fill: #1b1f24 }
+.paper { fill: #ffffff } .grid { stroke: #d8dde3; fill: none }
+.chord { stroke: #9aa4af; stroke-dasharray: 4 3; fill: none }
+.front { stroke: #0072b2; fill: none } .best { fill: #0072b2 } .other { fill: #ffffff; stroke: #59636e }
+@media (prefers-color-scheme: dark) {
+  text { fill: #a0a9b3 } .title { fill: #e6e9ec } .paper { fill: #14171a } .grid { stroke: #353b42 }
+  .chord { stroke: #77818c } .front { stroke: #56b4e9 } .best { fill: #56b4e9 }
+  .other { fill: #14171a; stroke: #a0a9b3 }
+}"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Means of the two rewards, with a label. best: no other point is better. corner: chords join corners."""
+
+    x: float
+    y: float
+    label: str
+    best: bool
+    corner: bool = False
+
+
+def non_dominated(rows: Sequence[Sequence[float]]) -> list[bool]:
+    """Of each row of rewards whether no other row is at least as high in all of them and higher in one.
+
+    A row with a reward that is not finite is dominated, and dominates none.
+    """
+    known = [all(map(math.isfinite, row)) for row in rows]
+
+    def beats(one: Sequence[float], other: Sequence[float]) -> bool:
+        pairs = [*zip(one, other, strict=True)]
+        return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+    return [
+        ok and not any(fine and beats(other, row) for fine, other in zip(known, rows, strict=True))
+        for ok, row in zip(known, rows, strict=True)
+    ]
+
+
+def pareto_svg(points: Sequence[Point], x_name: str, y_name: str, title: str) -> str:
+    """The points with their labels, those that are `best` filled and joined, and dashed chords between the corners.
+
+    Points that are not finite are left out. Raises: ValueError without any.
+    """
+    shown = [one for one in points if math.isfinite(one.x) and math.isfinite(one.y)]
+    if not shown:
+        raise ValueError("there is nothing to plot: no point has both rewards")
+    across, up = _scale([one.x for one in shown], LEFT, RIGHT), _scale([one.y for one in shown], BOTTOM, TOP)
+    x_ticks = labelled(ticks(across.low, across.high), across)
+    y_ticks = labelled(ticks(up.low, up.high), up)
+    corners = [one for one in shown if one.corner]
+    chords = [(a, b) for i, a in enumerate(corners) for b in corners[i + 1 :]]
+    front = sorted((one for one in shown if one.best), key=lambda one: one.x)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'role="img" aria-label="{escape(title)}">',
+        f'<style>{STYLE}</style><rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>',
+        _text((LEFT + RIGHT) / 2, 18, title, "title"),
+        *_axes(x_ticks, y_ticks),
+        _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "title"),
+        f'<g transform="rotate(-90 14 {(TOP + BOTTOM) / 2})">{_text(14, (TOP + BOTTOM) / 2, y_name, "title")}</g>',
+        *(f'<path class="chord" d="{_line((a, b), across, up)}"/>' for a, b in chords),
+        *([f'<path class="front" d="{_line(front, across, up)}"/>'] if len(front) > 1 else []),
+        *(_dot(one, across, up) for one in shown),
+        "</svg>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scale(values: Sequence[float], start: float, stop: float) -> Scale:
+    low, high = min(values), max(values)
+    spread = high - low if high - low > 1e-9 * abs(high) else 0.0  # less is rounding
+    air = AIR * spread or abs(high) * 0.1 or 1.0
+    return Scale(low - air, high + air, start, stop)
+
+
+def _axes(x_ticks: Sequence[Tick], y_ticks: Sequence[Tick]) -> list[str]:
+    lines = "".join(f"M{LEFT} {one.at:.1f}H{RIGHT}" for one in y_ticks)
+    lines += "".join(f"M{one.at:.1f} {TOP}V{BOTTOM}" for one in x_ticks)
+    return [
+        f'<path class="grid" d="{lines}"/>',
+        *(_text(one.at, BOTTOM + 17, one.label) for one in x_ticks),
+        *(f'<text x="{LEFT - 6}" y="{one.at + 4:.1f}" text-anchor="end">{one.label}</text>' for one in y_ticks),
+    ]
+
+
+def _text(x: float, y: float, text: str, style: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}" text-anchor="middle">{escape(text)}</text>'
+
+
+def _line(points: Sequence[Point], across: Scale, up: Scale) -> str:
+    return "M" + "L".join(f"{across(one.x):.1f} {up(one.y):.1f}" for one in points)
+
+
+def _dot(one: Point, across: Scale, up: Scale) -> str:
+    x, y = across(one.x), up(one.y)
+    aside, anchor = (-8, "end") if x > RIGHT - ROOM else (8, "start")
+    label = f'<text x="{x + aside:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">'
+    kind = "best" if one.best else "other"
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>{label}{escape(one.label)}</text>'
