@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from flowalign.records import Media, Prompts
+from flowalign.records import Media, Prompts, Size
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
 MOST_PIXELS = 64_000_000  # of one picture: more is a decompression bomb, or a mistake
+MOST_FRAMES = 1_000_000_000  # pixels of all frames of a video
 REFERENCES = "references"  # the key of a prompt's metadata that names the pictures its media should be like
 IMAGE = "image"  # that of the picture that a video starts from
+REAL = "media"  # that of a real picture or video of the prompt
 KEPT = 256  # sets of references that are kept in memory
 
 
-def load(path: Path) -> tuple[Float[Tensor, "*frames 3 h w"], float | None]:
+def load(path: Path, data: bytes | None = None) -> tuple[Float[Tensor, "*frames 3 h w"], float | None]:
     """A picture, or a video's frames and its frames per second, in [0, 1].
+
+    data: the file's bytes where they are known, or stand elsewhere; then `path` is only what it is called.
 
     Raises: ValueError for a file that cannot be read, or is too large.
     """
     if path.suffix.lower() in VIDEOS:
-        return _video(path)
+        return _video(path, data)
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else BytesIO(data)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{path} has {image.width} x {image.height} pixels; the most are {MOST_PIXELS:,}")
             pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255, None
 
 
-def _video(path: Path) -> tuple[Float[Tensor, "f 3 h w"], float | None]:
+def _video(path: Path, data: bytes | None) -> tuple[Float[Tensor, "f 3 h w"], float | None]:
     try:
         import av
     except ImportError as error:
         raise ValueError(f"{path}: videos need PyAV: pip install av") from error
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path) if data is None else BytesIO(data), "r") as container:
             stream = container.streams.video[0]
             rate = stream.average_rate
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+            frames, most = list[Tensor](), MOST_FRAMES // max(stream.width * stream.height, 1)
+            for frame in container.decode(stream):
+                if len(frames) == most:
+                    raise ValueError(f"{path} has more than {most} frames of {stream.width} x {stream.height} pixels")
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
     except (av.error.FFmpegError, IndexError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from error
     if not frames or rate is None:
@@ -94,3 +106,44 @@ def load_references(files: tuple[str, ...]) -> Float[Tensor, "k 3 h w"]:
             sizes = " and ".join(f"{one.shape[2]} x {one.shape[1]}" for one in (pictures[0], picture))
             raise ValueError(f"references of one prompt must have one size: {files[0]} and {file} have {sizes}")
     return torch.stack(pictures)
+
+
+def real_media(prompts: Prompts, size: Size) -> Float[Tensor, "b *frames 3 h w"]:
+    """The real pictures or videos that prompts name as "media", at a size: as much as it shows of each middle.
+
+    Of a longer video as many frames as the size has, evenly spread.
+
+    Raises: ValueError for a prompt that names none, for a picture where a video is meant or the reverse, and for a
+    video of fewer frames.
+    """
+    return torch.stack([_real(text, row, size) for text, row in zip(prompts.text, prompts.metadata, strict=True)])
+
+
+def _real(text: str, row: Mapping[str, Any], size: Size) -> Float[Tensor, "*frames 3 h w"]:
+    name = row.get(REAL)
+    if not isinstance(name, str):
+        raise ValueError(f'prompt {text!r} names no real media: give its record the key "{REAL}", a file')
+    return _fitted(name, size)
+
+
+@lru_cache(maxsize=KEPT)
+def _fitted(name: str, size: Size) -> Float[Tensor, "*frames 3 h w"]:
+    assert size.height is not None
+    assert size.width is not None
+    pixels, _ = load(Path(name))
+    if (pixels.ndim == 4) != (size.frames is not None):
+        raise ValueError(f"{name} is a {'video' if pixels.ndim == 4 else 'picture'}, which is not what the model makes")
+    if size.frames is not None and len(pixels) < size.frames:
+        raise ValueError(f"{name} has {len(pixels)} frames, and the model makes {size.frames}")
+    if size.frames is not None:
+        pixels = pixels[torch.linspace(0, len(pixels) - 1, size.frames).round().long()]
+    whole = pixels if pixels.ndim == 4 else pixels[None]
+    factor = max(size.height / whole.shape[2], size.width / whole.shape[3])
+    grown = [
+        max(round(length * factor), least)
+        for length, least in zip(whole.shape[2:], (size.height, size.width), strict=True)
+    ]
+    resized = interpolate(whole, size=grown, mode="bilinear", antialias=True).clamp(0, 1)
+    top, left = (grown[0] - size.height) // 2, (grown[1] - size.width) // 2
+    fitted = resized[:, :, top : top + size.height, left : left + size.width]
+    return fitted if pixels.ndim == 4 else fitted[0]

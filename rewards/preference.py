@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flowalign.media import confined, load
+from flowalign.preferences import Preference, Preferences, open_pair
 from flowalign.randomness import key_noise
 from flowalign.records import Media, Prompts, Scores
 from flowalign.tracking import json_lines, write_atomically
@@ -189,27 +189,26 @@ def load_head(folder: Path, width: int) -> PreferenceHead:
 
 
 def load_pairs(path: Path) -> list[Pair]:
-    """The pairs of a JSON Lines file of {"prompt", "first", "second", "label"}.
+    """The pairs of a JSON Lines file of {"prompt", "first", "second", "label"}, or of anything that holds such pairs.
 
     first, second: picture files, relative to the file's folder and inside it. label: "first", "second" or "tie".
+    Other formats, and what `flowalign prefer` writes, are read as `flowalign.preferences.Preferences` says. Scores,
+    margins and weights are not looked at.
 
     Raises: ValueError with the line's number for a line that is none of these, and for a file outside the folder.
     """
-    lines = path.read_text("utf-8-sig").splitlines()
-    return [_pair(path, f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    known = Preferences(str(path))
+    return [_pair(known.rows([i])[0]) for i in range(len(known))]
 
 
-def _pair(path: Path, place: str, line: str) -> Pair:
-    row = _record(place, line)
-    names = ("prompt", "first", "second", "label")
-    if {*row} != {*names} or not all(isinstance(value, str) for value in row.values()):
-        raise ValueError(f"{place} must give {', '.join(names)} as text, and nothing else; it gives {sorted(row)}")
-    if row["label"] not in get_args(Label):
-        raise ValueError(f"{place}: a label is 'first', 'second' or 'tie', got {row['label']!r}")
-    try:
-        return Pair(row["prompt"], _picture(path, row["first"]), _picture(path, row["second"]), row["label"])
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+def _pair(told: Preference) -> Pair:
+    where, label = told.where, told.label
+    if label == "invalid":
+        raise ValueError(f"{where}: a label is 'first', 'second' or 'tie', got 'invalid'")
+    media = open_pair(told)
+    if media.first.ndim != 3:
+        raise ValueError(f"{where}: {told.first.path} is a video; preferences are between pictures")
+    return Pair(told.prompt, media.first, media.second, label)
 
 
 def _record(place: object, text: str) -> dict[str, Any]:
@@ -220,12 +219,3 @@ def _record(place: object, text: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{place} is not a JSON object")
     return row
-
-
-def _picture(path: Path, name: str) -> Float[Tensor, "3 h w"]:
-    """A picture beside `path`; links are followed before it is checked that it lies in that folder."""
-    file = confined(path.resolve().parent, name)
-    pixels, _ = load(file)
-    if pixels.ndim != 3:
-        raise ValueError(f"{name} is a video; preferences are between pictures")
-    return pixels

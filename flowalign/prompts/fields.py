@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flowalign.media import IMAGE, REFERENCES, confined
+from flowalign.media import IMAGE, REAL, REFERENCES, confined
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")  # the first of them that a table has
 SIZES = ("height", "width", "frames")
@@ -73,14 +73,15 @@ def references(folder: Path, names: object, where: str) -> list[str]:
 
 
 def with_files(row: dict[str, Any], folder: Path, where: str) -> None:
-    """Make the files that a row names, those its media should be like and the one they start from, absolute paths.
+    """Make the files that a row names, those its media should be like, start from, or really are, absolute paths.
 
     An image that is no file's name is left alone: only models that start from a picture look at it.
     """
     if REFERENCES in row:
         row[REFERENCES] = references(folder, row[REFERENCES], where)
-    if isinstance(row.get(IMAGE), str):
-        row[IMAGE] = references(folder, [row[IMAGE]], where)[0]
+    for key in (IMAGE, REAL):
+        if isinstance(row.get(key), str):
+            row[key] = references(folder, [row[key]], where)[0]
 
 
 def file_fingerprint(path: Path, rows: int) -> str:

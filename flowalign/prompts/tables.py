@@ -101,7 +101,7 @@ class ParquetPrompts(TablePrompts):
             raise ValueError(f"{path} cannot be read as parquet: {error}") from error
         told = self.file.metadata
         self.starts = [0, *accumulate(told.row_group(i).num_rows for i in range(told.num_row_groups))]
-        self.kept = [name for name, kind in zip(*_schema(self.file.schema_arrow), strict=True) if _is_plain(kind)]
+        self.kept = [name for name, kind in zip(*_schema(self.file.schema_arrow), strict=True) if is_plain(kind)]
         self.group = lru_cache(maxsize=KEPT)(self._group)
         self.look(None)
 
@@ -164,8 +164,8 @@ class HubPrompts(TablePrompts):
         self.where = f"dataset {dataset}, {split}"
         self.folder = Path(dataset) if Path(dataset).is_dir() else None
         self.told = (split, name, revision)
-        held = _dataset(dataset, split, name, revision)
-        kept = [one for one, kind in zip(*_schema(held.features.arrow_schema), strict=True) if _is_plain(kind)]
+        held = open_dataset(dataset, split, name, revision)
+        kept = [one for one, kind in zip(*_schema(held.features.arrow_schema), strict=True) if is_plain(kind)]
         self.data = held.select_columns(kept).with_format("arrow")
         if limit is not None:
             self.data = self.data.select(range(min(limit, len(self.data))))
@@ -187,7 +187,8 @@ class HubPrompts(TablePrompts):
         return f"{len(self)} prompts, {self.told}, SHA-256 {self._digest}"
 
 
-def _dataset(dataset: str, split: str, name: str | None, revision: str | None) -> Any:
+def open_dataset(dataset: str, split: str, name: str | None, revision: str | None) -> Any:
+    """A dataset of the hub, or of a folder that was saved. Raises: ValueError where it cannot be had."""
     try:
         import datasets
     except ImportError as error:
@@ -210,15 +211,15 @@ def _schema(schema: Any) -> tuple[list[str], list[Any]]:
     return list(schema.names), list(schema.types)
 
 
-def _is_plain(kind: Any) -> bool:
+def is_plain(kind: Any) -> bool:
     """Whether values of an Arrow type are what JSON has: texts, numbers, truth, and lists and records of them."""
     from pyarrow import types
 
     if types.is_struct(kind):
-        return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
+        return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _is_plain(kind.value_type)
+        return is_plain(kind.value_type)
     if types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
+        return is_plain(kind.value_type)
     plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
     return types.is_null(kind) or any(test(kind) for test in plain)
