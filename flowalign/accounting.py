@@ -42,13 +42,23 @@ class Meter:
         self.rows = Rows()
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
+        self._forgotten = False
         self._since = time.perf_counter()
 
     def network(self, rows: int) -> None:
         """A network call of so many rows, with gradient if gradients are on."""
-        gradient = torch.is_grad_enabled()
+        gradient = torch.is_grad_enabled() and not self._forgotten
         self.calls["gradient" if gradient else "forward"] += 1
         self.rows += Rows(0, rows) if gradient else Rows(rows, 0)
+
+    @contextmanager
+    def forgotten(self) -> Iterator[None]:
+        """While entered, calls keep nothing for a backward pass: activation checkpointing makes them again."""
+        before, self._forgotten = self._forgotten, True
+        try:
+            yield
+        finally:
+            self._forgotten = before
 
     def count(self, kind: str) -> None:
         """A call of another kind: a backward, a decode."""

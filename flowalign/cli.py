@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import os
 import signal
 import sys
@@ -76,13 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flowalign {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train(commands)
-    from flowalign import commands as others  # which imports from here
+    from flowalign import commands as others  # which import from here
+    from flowalign import optimize_command, prefer_command, soup_command
 
     others.add_sample(commands)
     others.add_score(commands)
     others.add_report(commands)
     others.add_check(commands)
     others.add_serve(commands)
+    optimize_command.add_optimize(commands)
+    soup_command.add_soup(commands)
+    prefer_command.add_prefer(commands)
     arguments, rest = parser.parse_known_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import warns of image processors that no one uses
     try:
@@ -187,13 +192,20 @@ def read_call(arguments: argparse.Namespace, words: list[str]) -> Call:
 
 def parse_trainer(config: Mapping[str, Any], allow_code: bool = False) -> Call:
     """A whole config, checked: the class that `trainer` names, and its arguments."""
-    name = config.get("trainer")
+    return parse_named(config, "trainer", "trainers.FlowGRPO", "train", allow_code)
+
+
+def parse_named(config: Mapping[str, Any], key: str, example: str, method: str, allow_code: bool = False) -> Call:
+    """A whole config, checked: the class that its `key` names, which has such a method, and its arguments."""
+    name = config.get(key)
     if not isinstance(name, str):
-        raise ConfigError("the key 'trainer' has to name a class, as in 'trainer: trainers.FlowGRPO'")
+        raise ConfigError(f"the key {key!r} has to name a class, as in '{key}: {example}'")
     target = locate(name, allow_code)
-    if not isinstance(target, type) or not callable(getattr(target, "train", None)):
-        raise ConfigError(f"trainer: {name} is no trainer: it is no class with a method 'train'")
-    call = parse(target, {key: value for key, value in config.items() if key != "trainer"}, allow_code)
+    if not isinstance(target, type) or not callable(getattr(target, method, None)):
+        raise ConfigError(f"{key}: {name} is no {key}: it is no class with a method {method!r}")
+    if inspect.isabstract(target):
+        raise ConfigError(f"{key}: {name} is abstract; name one of its subclasses")
+    call = parse(target, {name: value for name, value in config.items() if name != key}, allow_code)
     return Call(name, target, call.arguments, call.defaults)
 
 

@@ -11,8 +11,8 @@ from flowalign.config import Call, ConfigError, arguments_of, construct, locate,
 
 SAMPLE = """Sample pictures by the ODE, from noise that depends on the seed and the picture's number alone.
 
-TARGET is a run folder (its model with the policy it kept, its steps and guidance), a pipeline's folder or hub id, or
-`shapes`, the embedded model. Options set or replace arguments of the model:
+TARGET is a run folder (its model with the policy it kept, its steps and guidance), a pipeline's folder or hub id, or an
+embedded model: shapes, shapes-few-step. Options set or replace arguments of the model:
 
   flowalign sample runs/flow_grpo_shapes --prompt "a red circle" --prompt "two blue squares"
   flowalign sample runs/flow_grpo_shapes --base --prompts prompts.txt --out before
@@ -48,7 +48,9 @@ def add_sample(commands: Any) -> None:
     """flowalign sample TARGET --prompt TEXT"""
     parser = add_command(commands, "sample", "sample pictures with or without a LoRA", SAMPLE)
     parser.usage = "flowalign sample [-h] TARGET (--prompt TEXT | --prompts FILE) [options] [--model.key value ...]"
-    parser.add_argument("target", metavar="TARGET", help="a run folder, a pipeline's folder or hub id, or 'shapes'")
+    parser.add_argument(
+        "target", metavar="TARGET", help="a run folder, a pipeline's folder or hub id, an embedded name"
+    )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given more than once")
     parser.add_argument("--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file")
     parser.add_argument("--lora", metavar="PATH", help="a folder or file of LoRA weights; a run's own by default")

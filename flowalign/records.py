@@ -263,3 +263,8 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.total)
+
+    def rows(self, index: Sequence[int]) -> Scores:
+        """The chosen samples, in the order given."""
+        at = list(index)
+        return Scores(self.total[at], {name: value[at] for name, value in self.parts.items()}, self.valid[at])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowalign.config import ConfigError, build, load_yaml, override
 from flowalign.models import Model, family_of
-from flowalign.models.loading import pipeline_class
+from flowalign.models.loading import pipeline_class, settings_of
 from flowalign.pictures import grid, to_bytes, to_images
 from flowalign.progress import Progress
 from flowalign.prompts import PromptData, as_prompts
@@ -100,9 +100,9 @@ def save_pictures(request: Request) -> FilePath:
         raise ValueError("--steps and --batch-size must be at least 1")
     if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
         raise ValueError(f"{request.out} is in use; name another folder with --out")
-    config = override(_config(request), request.options)
+    config = override(config_of(request), request.options)
     model: Model = build(_model_of, {"model": config["model"]}, request.allow_code)
-    steps, scale = _settings(request, config)
+    steps, scale = steps_and_guidance(request, config)
     if model.fps is not None:
         check_writable()
     calls = calls_of(model, prompts, request.batch_size)
@@ -131,7 +131,7 @@ def _model_of(model: Model) -> Model:
     return model
 
 
-def _config(request: Request) -> dict[str, Any]:
+def config_of(request: Request) -> dict[str, Any]:
     """A run's config, or one for a bare pipeline, with the LoRA that was asked for in it."""
     run = FilePath(request.target)
     lora = request.lora
@@ -143,7 +143,8 @@ def _config(request: Request) -> dict[str, Any]:
             lora = str(run / "lora")
     else:
         family = family_of(pipeline_class(request.target))
-        config = {"model": {"class": f"flowalign.models.{family.__name__}", "pipeline": request.target}}
+        settings = {"pipeline": request.target, **settings_of(request.target)}
+        config = {"model": {"class": f"flowalign.models.{family.__name__}", **settings}}
     # a policy trained in half precision is sampled in full unless asked otherwise
     config["model"] = {key: value for key, value in config["model"].items() if not key.endswith("_precision")}
     if lora is not None:
@@ -153,7 +154,7 @@ def _config(request: Request) -> dict[str, Any]:
     return config
 
 
-def _settings(request: Request, config: Mapping[str, Any]) -> tuple[int, float]:
+def steps_and_guidance(request: Request, config: Mapping[str, Any]) -> tuple[int, float]:
     """Steps and guidance: asked for, the run's evaluation's, its rollouts', or 28 and 4.5."""
     chosen = []
     for name, asked, default in (("steps", request.steps, 28), ("guidance_scale", request.guidance_scale, 4.5)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from torch import Tensor
 from flowalign import checkpoint
 from flowalign.models.sd3 import SD3
 from flowalign.records import Media, Prompts
-from flowalign.schedules import AllSteps
+from flowalign.schedules import AllSteps, LastSteps, LateStep
 from flowalign.transitions import FlowSDE
 from rewards import RunningNormalise
-from rewards.base import as_reward
+from rewards.base import FunctionReward, as_reward
 from tests.tiny import tiny_sd3
-from trainers import Checkpoints, Evaluation, FlowGRPO, Optimizer, Sampling
+from trainers import Checkpoints, DRaFT, Evaluation, FlowGRPO, Optimizer, ReFL, Sampling
+from trainers.base import Trainer
 
 PROMPTS = ["a red circle", "a blue square", "two stars"]  # fewer than three epochs take, so that the order wraps
 
@@ -49,6 +51,41 @@ def job(folder: Path, **changes: Any) -> FlowGRPO:
         "folder": str(folder),
     }
     return FlowGRPO(**settings | changes)
+
+
+def draft_job(folder: Path, **changes: Any) -> DRaFT:
+    """The same run by the reward's gradient through the last two of three steps, with a KL; odd micro-batches."""
+    sampling = Sampling(
+        LastSteps(2), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+    )
+    return DRaFT(**_settings(folder, sampling) | {"kl_coef": 0.1} | changes)
+
+
+def refl_job(folder: Path, **changes: Any) -> ReFL:
+    """The same run by the hinge of one late step's reward, which is never satisfied."""
+    plan = LateStep(1, 2)
+    sampling = Sampling(plan, groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    return ReFL(**_settings(folder, sampling) | {"margin": 60.0, "coefficient": 0.1} | changes)
+
+
+JOBS: dict[str, Callable[..., Trainer]] = {"flow_grpo": job, "draft": draft_job, "refl": refl_job}
+
+
+def _settings(folder: Path, sampling: Sampling) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "model": SD3(tiny_sd3(), max_sequence_length=0),
+        "reward": RunningNormalise(FunctionReward(redness, differentiable=True)),
+        "prompts": PROMPTS,
+        "sampling": sampling,
+        "optimizer": Optimizer(1e-2, ema_decay=0.5, ema_every=1, warmup=3, max_skipped=1),
+        "evaluation": Evaluation(["a green cross", "a star", "a circle"], every=1, pictures=2),
+        "checkpoints": Checkpoints(every=1, minutes=0),
+        "updates_per_epoch": 2,
+        "epochs": 3,
+        "seed": 5,
+        "folder": str(folder),
+    }
+    return settings
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -16,7 +16,15 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 # what each package may not import; cli.py and evaluation/ are the top and may import everything
 FORBIDDEN = {"flowalign": ("rewards", "trainers"), "rewards": ("trainers",), "trainers": ()}
-TOP = ("flowalign/cli.py", "flowalign/commands.py", "flowalign/__main__.py", "flowalign/evaluation/")
+TOP = (
+    "flowalign/cli.py",
+    "flowalign/commands.py",
+    "flowalign/optimize_command.py",
+    "flowalign/soup_command.py",
+    "flowalign/prefer_command.py",
+    "flowalign/__main__.py",
+    "flowalign/evaluation/",
+)
 OPTIONAL = ("torchvision", "open_clip", "timm", "bitsandbytes", "torchao", "xformers", "deepspeed", "rapidocr")
 OPTIONAL += ("fastapi", "starlette", "uvicorn", "httpx", "av", "ftfy", "pyarrow", "datasets")
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")

@@ -17,7 +17,7 @@ from flowalign.distributed import share
 from flowalign.schedules import AllSteps, FanOut
 from flowalign.transitions import FlowSDE
 from tests import processes
-from tests.jobs import job, rows
+from tests.jobs import JOBS, job, rows
 from trainers import Optimizer, Sampling
 from trainers.collection import gather_files
 
@@ -61,8 +61,8 @@ def test_the_first_rollout_is_bit_equal(sampling, tmp_path):
             assert np.array_equal(np.concatenate([one["steps"][at][1] for one in held]), log_probs)
 
 
-def policy(folder: Path, changes: dict[str, Any], rank: int = 0) -> dict[str, Any]:
-    trainer = job(folder, optimizer=GENTLE, **changes)
+def policy(folder: Path, changes: dict[str, Any], rank: int = 0, kind: str = "flow_grpo") -> dict[str, Any]:
+    trainer = JOBS[kind](folder, optimizer=GENTLE, **changes)
     trainer.train()
     return {name: value.detach().numpy() for name, value in trainer.model.trainable().items()}
 
@@ -82,6 +82,37 @@ def test_six_updates_come_to_the_same_policy(sampling, tmp_path):
         for row, same in zip(rows(folder), rows(tmp_path / "1"), strict=True):
             kept = [name for name in same if not name.startswith("rows/")]  # padding depends on the split
             assert {name: row[name] for name in kept} == pytest.approx({n: same[n] for n in kept}, abs=1e-4, rel=1e-3)
+
+
+def first_gradient(kind: str, folder: Path, rank: int = 0) -> list[Any]:
+    """What the first optimizer step is made of."""
+    trainer, seen = JOBS[kind](folder, epochs=1, updates_per_epoch=1), list[Any]()
+    values = [*trainer.model.trainable().values()]
+    trainer.optimizer.adamw.register_step_pre_hook(lambda *_: seen.extend(v.grad.numpy().copy() for v in values))
+    trainer.train(report=False)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["draft", "refl"])
+def test_a_gradient_of_the_reward_is_the_same_on_any_number_of_processes(kind, tmp_path):
+    """6 rows in micro-batches of 2, on 1, 2 and 4 processes, the last of which has nothing to do."""
+    (alone,) = processes.run(1, tmp_path, functools.partial(first_gradient, kind, tmp_path / "1"))
+    assert max(np.abs(one).max() for one in alone) > 1e-3
+    for world in (2, 4):
+        for found in processes.run(world, tmp_path, functools.partial(first_gradient, kind, tmp_path / str(world))):
+            assert max(np.abs(a - b).max() for a, b in zip(found, alone, strict=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["draft", "refl"])
+def test_updates_by_gradient_come_to_the_same_policy(kind, tmp_path):
+    """Six optimizer steps of three rows, in two micro-batches."""
+    (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", {}, kind=kind))
+    found = processes.run(2, tmp_path, functools.partial(policy, tmp_path / "2", {}, kind=kind))
+    for one in found:
+        assert all(np.array_equal(one[name], found[0][name]) for name in one)
+        assert max(np.abs(one[name] - alone[name]).max() for name in one) <= 1e-6
+    for row, same in zip(rows(tmp_path / "2"), rows(tmp_path / "1"), strict=True):
+        assert row == pytest.approx(same, abs=1e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [8, 4, 3])

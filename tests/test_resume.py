@@ -20,26 +20,27 @@ from flowalign.interrupt import Stopped
 from flowalign.records import Media, Prompts
 from rewards.base import as_reward
 from tests import jobs, processes
-from tests.jobs import digest, job, rows
+from tests.jobs import JOBS, digest, job, rows
 from trainers import Checkpoints, Evaluation, FlowGRPO, Optimizer
 from trainers.batch import Batch
 from trainers.collection import Collection
+from trainers.path_steps import PathSteps
 from trainers.state import State
 from trainers.update import Update
 
 
-def train(folder: Path, rank: int = 0, **changes: Any) -> None:
-    job(folder, **changes).train(resume=True, report=False)
+def train(folder: Path, rank: int = 0, kind: str = "flow_grpo", **changes: Any) -> None:
+    JOBS[kind](folder, **changes).train(resume=True, report=False)
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, str]]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
     """What a run that nothing happens to comes to, on so many processes."""
 
     @functools.cache
-    def of(world: int) -> dict[str, str]:
+    def of(world: int, kind: str = "flow_grpo") -> dict[str, str]:
         folder = tmp_path_factory.mktemp("unbroken")
-        processes.run(world, folder, functools.partial(train, folder / "run"))
+        processes.run(world, folder, functools.partial(train, folder / "run", kind=kind))
         return digest(folder / "run")
 
     return of
@@ -53,6 +54,8 @@ PLACES = {
     "rollout": (Collection, "collect"),
     "reward": (jobs, "redness"),
     "update": (Update, "_backward"),
+    "path": (PathSteps, "_backward"),
+    "step": (PathSteps, "_count_skipped"),
     "write": (checkpoint, "_write"),
     "seal": (checkpoint, "_seal"),
     "rename": (checkpoint, "_sync_folder"),
@@ -84,26 +87,35 @@ KILLS = [
     ("rollout", 1), ("rollout", 6), ("reward", 14), ("update", 3), ("update", 20),
     ("write", 2), ("write", 7), ("seal", 3), ("rename", 5), ("retire", 2),
 ]  # fmt: skip
+GRADIENT_KILLS = [("path", 1), ("path", 7), ("step", 3), ("reward", 9), ("seal", 3)]
+ALL_KILLS = [
+    *(("flow_grpo", *kill) for kill in KILLS),
+    *(("draft", *kill) for kill in GRADIENT_KILLS),
+    *(("refl", *kill) for kill in GRADIENT_KILLS[1:3]),
+]
 
 
-@pytest.mark.parametrize(("place", "turn"), KILLS)
-def test_a_killed_run_comes_to_the_same(place, turn, tmp_path, unbroken):
-    work = functools.partial(train, tmp_path / "run")
+@pytest.mark.parametrize(("kind", "place", "turn"), ALL_KILLS)
+def test_a_killed_run_comes_to_the_same(kind, place, turn, tmp_path, unbroken):
+    work = functools.partial(train, tmp_path / "run", kind=kind)
     assert processes.killed(dying(work, place, turn, 0, signal.SIGKILL)) == -signal.SIGKILL
     assert processes.killed(work) == 0
-    assert digest(tmp_path / "run") == unbroken(1)
+    assert digest(tmp_path / "run") == unbroken(1, kind)
 
 
 @pytest.mark.parametrize(
-    ("place", "turn", "victim"),
-    [("rollout", 3, 0), ("reward", 3, 1), ("update", 8, 1), ("write", 2, 1), ("seal", 4, 0)],
-)
-def test_one_of_two_processes_is_killed(place, turn, victim, tmp_path, unbroken):
-    work = functools.partial(train, tmp_path / "run")
+    ("kind", "place", "turn", "victim"),
+    [
+        ("flow_grpo", "rollout", 3, 0), ("flow_grpo", "reward", 3, 1), ("flow_grpo", "update", 8, 1),
+        ("flow_grpo", "write", 2, 1), ("flow_grpo", "seal", 4, 0), ("draft", "path", 3, 1), ("refl", "step", 2, 0),
+    ],
+)  # fmt: skip
+def test_one_of_two_processes_is_killed(kind, place, turn, victim, tmp_path, unbroken):
+    work = functools.partial(train, tmp_path / "run", kind=kind)
     with pytest.raises(RuntimeError, match=r"another process has gone|processes \[\d\] have gone"):
         processes.run(2, tmp_path, dying(work, place, turn, victim, signal.SIGKILL))
     processes.run(2, tmp_path, work)
-    assert digest(tmp_path / "run") == unbroken(2)
+    assert digest(tmp_path / "run") == unbroken(2, kind)
 
 
 @pytest.mark.parametrize(("number", "place", "turn"), [
@@ -123,6 +135,20 @@ def test_a_signal_stops_all_processes_within_a_step_and_loses_nothing(number, pl
     processes.run(world, tmp_path, functools.partial(train, folder))
     assert digest(folder) == unbroken(world)
     assert not (folder / "PREEMPTED").exists()
+
+
+@pytest.mark.parametrize(("kind", "place", "turn"), [("draft", "path", 6), ("draft", "step", 3), ("refl", "path", 2)])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_amid_a_gradient_makes_its_step_anew(kind, place, turn, world, tmp_path, unbroken):
+    """Six optimizer steps of two micro-batches each; half of them a process where there are two."""
+    folder = tmp_path / "run"
+    turn = turn if world == 1 or place == "step" else -(-turn // 2)
+    stopped = dying(functools.partial(told, folder, kind=kind), place, turn, world - 1, signal.SIGTERM)
+    messages = processes.run(world, tmp_path, stopped)
+    assert all(f"stopped by SIGTERM; all is saved in {folder}" in message for message in messages)
+    assert "-rollout-" not in checkpoint.names(folder / "checkpoints")[-1]
+    processes.run(world, tmp_path, functools.partial(train, folder, kind=kind))
+    assert digest(folder) == unbroken(world, kind)
 
 
 def told(folder: Path, rank: int, **changes: Any) -> str:
@@ -149,6 +175,18 @@ def test_it_goes_on_with_another_number_of_processes(before, after, tmp_path):
     messages = processes.run(before, tmp_path, dying(work, "rollout", 2, 0, signal.SIGTERM))
     assert "-rollout-" in messages[0]
     processes.run(after, tmp_path, functools.partial(train, folder, optimizer=GENTLE))
+    assert_close(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["draft", "refl"])
+def test_a_run_by_gradient_goes_on_with_another_number_of_processes(kind, tmp_path):
+    """Stopped between two optimizer steps of an epoch: the scores of the first are kept."""
+    folder, changes = tmp_path / "run", {"kind": kind, "optimizer": GENTLE}
+    processes.run(1, tmp_path, functools.partial(train, tmp_path / "whole", **changes))
+    work = functools.partial(told, folder, **changes)
+    processes.run(2, tmp_path, dying(work, "step", 3, 0, signal.SIGTERM))
+    assert state_of(folder).part == 1
+    processes.run(1, tmp_path, functools.partial(train, folder, **changes))
     assert_close(folder, tmp_path / "whole")
 
 

@@ -1,6 +1,7 @@
-"""The loop that all trainers share: collect an epoch's rollouts, score them, give credit, update the policy.
+"""The loop that all trainers share: epochs, evaluations, checkpoints and the log; what an epoch is, a family tells.
 
-A method overrides `loss`, and perhaps `credit`; the order of things stands here alone.
+Policy gradients (`trainers.policy_gradient`) collect scored rollouts and replay them; rewards' own gradients
+(`trainers.reward_gradient`) go back through the rollouts themselves.
 """
 
 from __future__ import annotations
@@ -8,14 +9,12 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from diffusers import DiffusionPipeline
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.distributed import check_started, on_main, world_size
@@ -23,20 +22,30 @@ from flowalign.interrupt import StopRequest
 from flowalign.models import as_model
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData, as_prompts
-from flowalign.records import Interval, Scores
-from flowalign.rollout import Policy, Replay
+from flowalign.records import Scores
+from flowalign.rollout import Policy
 from flowalign.schedules import Path
 from flowalign.tracking import Run, TrackerName
 from rewards.algebra import running_normalisers
 from rewards.base import Reward, as_reward
-from trainers.batch import Batch, Sampling, summary, valid_rows
-from trainers.collection import Collection, Epoch, gather_scores, join_steps_of
+from trainers.batch import Sampling
+from trainers.collection import Collection, Epoch
 from trainers.evaluation import Evaluation, Evaluator
 from trainers.keeper import Checkpoints, Keeper
 from trainers.optim import Optimizer, PolicyOptimizer
 from trainers.state import State
-from trainers.update import Update
-from trainers.watch import histogram
+
+if TYPE_CHECKING:
+    from trainers.preflight.family import Family
+
+
+@dataclass(frozen=True)
+class Worked:
+    """What an epoch has come to: numbers to log, its samples' scores, and histograms over [-limit, limit] by name."""
+
+    metrics: dict[str, float]
+    scores: Scores
+    histograms: Mapping[str, tuple[float, Sequence[int]]] = field(default_factory=dict)
 
 
 class Trainer(ABC):
@@ -60,6 +69,7 @@ class Trainer(ABC):
         log_with: Sequence[TrackerName],
     ) -> None:
         check_started()
+        self.check_sampling(sampling)
         self.model, self.reward, self.prompts = as_model(model), as_reward(reward), as_prompts(prompts)
         self.sampling, self.policy, self.evaluation, self.checkpoints = sampling, policy, evaluation, checkpoints
         self.epochs, self.updates_per_epoch, self.seed = epochs, updates_per_epoch, seed
@@ -73,61 +83,61 @@ class Trainer(ABC):
         self._check()
 
     @abstractmethod
-    def loss(
-        self,
-        new: Replay,
-        old_log_probs: Float[Tensor, " b"],
-        advantages: Float[Tensor, " b"],
-        reference: Replay | None,
-        interval: Interval,
-    ) -> Float[Tensor, " b"]:
-        """The objective of each sample at one step, not yet averaged."""
+    def work(self, keeper: Keeper) -> Worked:
+        """Sample, score and update for the epoch `state.epoch`, from its optimizer step `state.part` on."""
 
     @abstractmethod
-    def credit(self, scores: Scores, group_ids: Int[Tensor, " b"]) -> Float[Tensor, b * t]:
-        """Advantages of an epoch's valid samples."""
+    def needed(self, epoch: Epoch) -> Rows:
+        """The fewest network rows that the maths of an epoch can do with."""
 
+    @abstractmethod
     def trained_steps(self, path: Path) -> tuple[int, ...]:
-        """The steps whose log-probs the loss reads, by default all stochastic ones."""
-        return path.stochastic
+        """The steps at which the loss reads the policy's velocity."""
+
+    @abstractmethod
+    def preflight(self) -> Family:
+        """How `flowalign check` tries trainers of this kind."""
+
+    @abstractmethod
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raises: ValueError for what this kind of trainer cannot learn from; called before the model is loaded."""
+
+    def mine(self, epoch: Epoch) -> range:
+        """The micro-batches of `state.buffer` that are this process's."""
+        return self.collection.mine(epoch)
 
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference model; its pass is left out otherwise."""
         return False
 
-    def watch(
-        self, new: Replay, old_log_probs: Tensor, reference: Replay | None, interval: Interval
-    ) -> dict[str, Float[Tensor, " b"]]:
-        """Numbers of each sample to log the mean of; `log_ratio` also gives a largest ratio and a histogram."""
-        return {}
-
     def watched(self) -> tuple[str, ...]:
-        """The names of what `watch` returns."""
+        """The names of the numbers of each sample to log the mean of."""
         return ()
 
-    def ratio_limit(self) -> float:
-        """The largest log-ratio that its histogram shows."""
-        return 1.0
+    def remarks(self) -> tuple[str, ...]:
+        """What is told when a run starts, a line each: settings that may not do what they seem to."""
+        return ()
 
     def _check(self) -> None:
         epoch = self.collection.epoch(0)
-        if not self.trained_steps(epoch.path):
-            raise ValueError("the plan has no stochastic step to train on: a ratio of densities needs one")
         if not 1 <= self.updates_per_epoch <= len(epoch.rows):
             raise ValueError(
                 f"updates_per_epoch must lie in 1 ... {len(epoch.rows)} (the rows of an epoch), "
                 f"not {self.updates_per_epoch}"
             )
-        whole = self.sampling.batch_size % (self.sampling.group_size // epoch.members) == 0
-        if self.reward.card.scope == "group" and not whole:
-            raise ValueError(
-                f"the reward compares the samples of a group, so that sampling.batch_size has to be a multiple of "
-                f"group_size {self.sampling.group_size}, not {self.sampling.batch_size}"
-            )
         if self.reward.card.scope == "set":
             raise ValueError("the reward scores a whole set of samples at once: it is for evaluation, not for training")
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+    def check_valid(self, scores: Scores, epoch: int) -> None:
+        """Raises: ValueError where scores are not valid, and `on_invalid` says stop or none is left."""
+        invalid = int((~scores.valid).sum())
+        if invalid and (self.on_invalid == "stop" or invalid == len(scores)):
+            raise ValueError(
+                f"{invalid} of {len(scores)} scores of epoch {epoch} are not valid; "
+                "mend the reward, or set on_invalid: drop"
+            )
 
     @property
     def sigmas(self) -> list[float]:
@@ -156,6 +166,7 @@ class Trainer(ABC):
             keeper = Keeper(self, run, config, self.checkpoints)
             keeper.resume(allow_change)
             run.note("start", f"epoch {self.state.epoch} of {self.epochs} on {world_size()} processes")
+            on_main(self._remark)
             self.evaluator.encode()
             while True:
                 self._evaluate(run, keeper)
@@ -170,6 +181,10 @@ class Trainer(ABC):
             on_main(self._report)
         return self.folder
 
+    def _remark(self) -> None:
+        for line in self.remarks():
+            print(f"flowalign: {line}", file=sys.stderr, flush=True)
+
     def _report(self) -> None:
         """Write the run's report; a run that has been made is not lost for a page that cannot be."""
         from flowalign.report import write_report
@@ -183,30 +198,20 @@ class Trainer(ABC):
         return self.state.history[-1][name] if self.state.history else None
 
     def _run_epoch(self, run: Run, keeper: Keeper) -> dict[str, float]:
-        batch = self.collect(self.state.epoch, keeper)
-        metrics = summary(batch) | self.update(batch, keeper=keeper)
+        worked = self.work(keeper)
         for normaliser in self.normalisers.values():
-            normaliser.update(batch.scores)
-        epoch = self.collection.epoch(self.state.epoch)
-        needed = self.collection.needed(epoch, self.trained_steps(epoch.path), self.needs_reference())
-        metrics |= keeper.costs(needed)
-        self.state.epoch, seen = self.state.epoch + 1, self.state.seen
+            normaliser.update(worked.scores)
+        needed = self.needed(self.collection.epoch(self.state.epoch))
+        metrics = worked.metrics | keeper.costs(needed)
+        self.state.epoch += 1
         self.state.part, self.state.buffer, self.state.seen = 0, {}, []
         self.state.rows, self.state.seconds = Rows(), {}
         run.log(self.state.epoch, metrics)
-        self._log_histograms(run, batch, seen)
+        for name, (limit, counts) in worked.histograms.items():
+            run.log_histogram(self.state.epoch, name, -limit, limit, list(counts))
         if not self._evaluation_due():
             keeper.poll()
         return metrics
-
-    def _log_histograms(self, run: Run, batch: Batch, seen: list[dict[str, Any]]) -> None:
-        known = batch.advantages[batch.weights > 0]
-        limit = max(float(known.abs().max()), 1e-6)
-        counts = histogram(known, limit)
-        run.log_histogram(self.state.epoch, "advantages", -limit, limit, [int(count) for count in counts])
-        if "log_ratio" in self.watched():
-            limit, counts = self.ratio_limit(), torch.tensor([row["counts"] for row in seen]).sum(0)
-            run.log_histogram(self.state.epoch, "log_ratio", -limit, limit, counts.tolist())
 
     def _evaluation_due(self) -> bool:
         epoch, history = self.state.epoch, self.state.history
@@ -231,51 +236,3 @@ class Trainer(ABC):
         self.evaluator.retire(run, self.state.epoch, self.state.best_epoch)
         keeper.save()
         keeper.poll()
-
-    def collect(self, number: int, keeper: Keeper | None = None) -> Batch:
-        """Rollouts, scores and advantages of one epoch; a function of policy, seed and epoch."""
-        epoch = self.collection.epoch(number)
-        if keeper is None:
-            self.state.buffer = {}
-        mine, buffer = self.collection.mine(epoch), self.state.buffer
-        turns = -(-self.collection.micro_batches(epoch) // world_size())
-        for turn in range(turns):
-            if keeper is not None and not self.state.part:
-                keeper.poll("rollout", turn, turns)
-            if turn < len(mine) and mine[turn] not in buffer:
-                buffer[mine[turn]] = self.collection.collect(epoch, mine[turn])
-                self.state.spend(self.model.meter)
-        return self._batch(epoch, mine)
-
-    def _batch(self, epoch: Epoch, mine: range) -> Batch:
-        rows, parts = self.collection.rows_of(epoch, mine), [self.state.buffer[index] for index in mine]
-        samples = range(rows.start * epoch.members, rows.stop * epoch.members)
-        group_ids = torch.arange(self.sampling.groups).repeat_interleave(self.sampling.group_size)
-        scores = gather_scores([part.scores for part in parts], samples, len(group_ids))
-        advantages, weights = self._valid_credit(scores, group_ids, epoch.number)
-        told = self.collection.told_rows(epoch, range(len(epoch.rows)))
-        return Batch(
-            epoch.path, torch.tensor([*rows], dtype=torch.int64), told.text, join_steps_of(parts), scores, group_ids,
-            advantages, weights, told.negatives(), epoch.buckets, self.model.images(told),
-        )  # fmt: skip
-
-    def _valid_credit(self, scores: Scores, group_ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        invalid = int((~scores.valid).sum())
-        if invalid and (self.on_invalid == "stop" or invalid == len(scores)):
-            raise ValueError(
-                f"{invalid} of {len(scores)} scores of epoch {epoch} are not valid; "
-                "mend the reward, or set on_invalid: drop"
-            )
-        known = scores.valid
-        credited = self.credit(valid_rows(scores), group_ids[known])
-        advantages = credited.new_zeros(len(scores), *credited.shape[1:])
-        advantages[known] = credited
-        return advantages, known.float()
-
-    def update(
-        self, batch: Batch, order: Int[Tensor, " p"] | None = None, keeper: Keeper | None = None
-    ) -> dict[str, float]:
-        """One pass over the batch in `updates_per_epoch` optimizer steps; see `trainers.update.Update`."""
-        if keeper is None:
-            self.state.part, self.state.seen = 0, []
-        return Update(self, batch, keeper).run(order)

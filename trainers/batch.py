@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.models.base import Model
+from flowalign.randomness import key_generator
 from flowalign.records import Condition, Scores, Size, Step
 from flowalign.schedules import Path, Plan
 
@@ -37,8 +38,6 @@ class Sampling:
         for name in ("groups", "group_size", "batch_size", "rows_per_call", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampling.{name} must be at least 1, got {getattr(self, name)}")
-        if self.group_size < 2:
-            raise ValueError("sampling.group_size must be at least 2: an advantage compares the samples of a group")
 
 
 @dataclass(frozen=True)
@@ -119,20 +118,35 @@ def valid_rows(scores: Scores) -> Scores:
     return Scores(scores.total[known], {k: v[known] for k, v in scores.parts.items()}, scores.valid[known])
 
 
+def parts_of(rows: int, steps: int, seed: int, epoch: int) -> list[Tensor]:
+    """The rows of each of an epoch's optimizer steps: of so many neighbours one for each, drawn anew every epoch."""
+    generator = key_generator(seed, "update_order", epoch)
+    turns = torch.from_numpy(generator.permuted([[*range(steps)]] * -(-rows // steps), axis=1).flatten())
+    return [(turns[:rows] == step).nonzero().flatten() for step in range(steps)]
+
+
+def means(scores: Scores) -> dict[str, float]:
+    """What to log of any epoch's scores: means of the valid ones, and how many are not."""
+    known = valid_rows(scores)
+    return {
+        "reward": known.total.mean().item(),
+        "invalid": float((~scores.valid).sum()),
+        **{f"reward/{name}": value.nanmean().item() for name, value in known.parts.items()},
+    }
+
+
 def summary(batch: Batch) -> dict[str, float]:
     """What to log of an epoch's scores: means of the valid ones, spread within groups, groups with nothing to learn."""
-    known = valid_rows(batch.scores)
+    told = means(batch.scores)
     size = len(batch.group_ids.unique())
     rows = zip(batch.scores.total.view(size, -1), batch.scores.valid.view(size, -1), strict=True)
     groups = [total[valid] for total, valid in rows if valid.any()]
     several = [group for group in groups if len(group) > 1]
-    return {
-        "reward": known.total.mean().item(),
+    spread = {
         "reward_std_in_group": torch.stack([group.std() for group in several]).mean().item() if several else math.nan,
         "equal_groups": sum(bool((group == group[0]).all()) for group in groups) / max(len(groups), 1),
-        "invalid": float((~batch.scores.valid).sum()),
-        **{f"reward/{name}": value.nanmean().item() for name, value in known.parts.items()},
     }
+    return {"reward": told.pop("reward")} | spread | told
 
 
 def score_rows(scores: Scores) -> list[dict[str, float | bool | None]]:

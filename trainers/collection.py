@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -20,7 +20,7 @@ from flowalign.media import shown
 from flowalign.models.base import Model
 from flowalign.prompts import epoch_prompts
 from flowalign.randomness import key_noise, keyed_globals
-from flowalign.records import Prompts, PromptSet, Scores, Size, Step, join_steps
+from flowalign.records import Condition, Prompts, PromptSet, Scores, Size, Step, join_steps
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
 from rewards.base import Reward, join_scores
@@ -43,9 +43,28 @@ class Epoch:
     members: int
     buckets: tuple[Bucket, ...]
 
+    def size_of(self, row: int) -> Size:
+        """Of the media of a row."""
+        return next(bucket.size for bucket in self.buckets if row in bucket.rows)
+
     def cuts(self, batch_size: int) -> list[int]:
         """The first row of each micro-batch, whose rows have one size; then the number of rows."""
         return [row for bucket in self.buckets for row in bucket.rows[::batch_size]] + [len(self.rows)]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What rows of an epoch are drawn from.
+
+    samples: (group, member) of each. told: what a reward is told of each of them. start: noise of each row.
+    step_noise: the noise of a step, of each sample.
+    """
+
+    samples: tuple[tuple[int, int], ...]
+    told: Prompts
+    condition: Condition
+    start: Float[Tensor, p * d]
+    step_noise: Callable[[int], Float[Tensor, b * d]]
 
 
 class Collection:
@@ -114,39 +133,50 @@ class Collection:
 
     def collect(self, epoch: Epoch, index: int) -> Collected:
         """One micro-batch, padded to the shape of the others so that its replay can have it too."""
-        first = self.rows_of(epoch, range(index, index + 1)).start
-        size = next(bucket.size for bucket in epoch.buckets if first in bucket.rows)
+        size = epoch.size_of(self.rows_of(epoch, range(index, index + 1)).start)
         with self.model.sized(size):
             return self._collect(epoch, index, self.grids[size])
+
+    def draw(self, epoch: Epoch, rows: Sequence[int]) -> Draw:
+        """What rows of one size are drawn from, that size being the model's; a row may come more than once."""
+        groups, members, shape = [epoch.rows[row] for row in rows], epoch.members, self.model.latent_shape
+        samples = tuple((g, m) for g, first in groups for m in range(first, first + members))
+        shared = members > 1
+
+        def step_noise(step: int) -> Tensor:
+            return self.noise(epoch, samples, "step", step)
+
+        starts = [key_noise(self.seed, "start", epoch.number, g, -1 if shared else m, shape=shape) for g, m in groups]
+        compared = tuple(group for group, _ in samples)
+        told = replace(self.told(epoch.prompts).rows(compared), groups=compared)
+        condition = self.model.condition(self.told_rows(epoch, rows))
+        return Draw(samples, told, condition, torch.stack(starts).to(self.model.device), step_noise)
+
+    def noise(
+        self, epoch: Epoch, samples: Sequence[tuple[int, int]], purpose: str, number: int
+    ) -> Float[Tensor, b * d]:
+        """A sample's own noise for a purpose and a number, such as that of a step."""
+        shape = self.model.latent_shape
+        return torch.stack([key_noise(self.seed, purpose, epoch.number, g, m, number, shape=shape) for g, m in samples])
 
     def _collect(self, epoch: Epoch, index: int, sigmas: list[float]) -> Collected:
         rows, members = [*self.rows_of(epoch, range(index, index + 1))], epoch.members
         padded = rows + [rows[-1]] * (self.sampling.batch_size - len(rows))
-        groups, asked = [epoch.rows[row] for row in padded], self.told_rows(epoch, padded)
-        samples = [(g, m) for g, first in groups for m in range(first, first + members)]
-        shape, shared = self.model.latent_shape, members > 1
-
-        def step_noise(step: int) -> Tensor:
-            drawn = [key_noise(self.seed, "step", epoch.number, g, m, step, shape=shape) for g, m in samples]
-            return torch.stack(drawn)
-
-        starts = [key_noise(self.seed, "start", epoch.number, g, -1 if shared else m, shape=shape) for g, m in groups]
         with self.model.meter.phase("rollout"):
+            draw = self.draw(epoch, padded)
             made = rollout(
                 self.model,
-                self.model.condition(asked),
-                torch.stack(starts).to(self.model.device),
+                draw.condition,
+                draw.start,
                 sigmas,
                 epoch.path,
                 self.policy,
-                step_noise,
+                draw.step_noise,
                 members,
                 self.sampling.rows_per_call,
             )
         kept = len(rows) * members
-        pixels = self.decode(made.latents[:kept])
-        compared = tuple(group for group, _ in samples[:kept])
-        told = replace(self.told(epoch.prompts).rows(compared), groups=compared)
+        pixels, told = self.decode(made.latents[:kept]), draw.told.rows(range(kept))
         with self.model.meter.phase("reward"), keyed_globals(self.seed, "reward", epoch.number, index):
             scores = detached(self.reward(shown(pixels, told, self.model.fps), told))
         steps = [step.rows(torch.arange(kept // step.members)).to(self.model.steps_device) for step in made.steps]

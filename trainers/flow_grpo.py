@@ -26,17 +26,17 @@ from flowalign.schedules import AllSteps, Path
 from flowalign.tracking import TrackerName
 from flowalign.transitions import FlowSDE, Reduce, exact_kl, gaussian_log_prob, mean_of_elements
 from rewards.base import Reward
-from trainers.base import Trainer
 from trainers.batch import Sampling
 from trainers.evaluation import Evaluation
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
+from trainers.policy_gradient import PolicyTrainer
 
 KL = Callable[[Tensor, Tensor, Tensor, Tensor, float, Interval, Reduce], Tensor]
 Advantages = Callable[[Tensor, Tensor], Tensor]
 
 
-class FlowGRPO(Trainer):
+class FlowGRPO(PolicyTrainer):
     """Flow-GRPO with a LoRA policy.
 
     Args:

@@ -194,7 +194,7 @@ class Keeper:
         shared, own = checkpoint.load(path)
         names = self._check_config(shared.pop("facts"), allow_change)
         epoch = trainer.collection.epoch(shared["epoch"])
-        state = State.from_trees(shared, own, trainer.collection.mine(epoch), rank() == 0, trainer.model.device)
+        state = State.from_trees(shared, own, trainer.mine(epoch), rank() == 0, trainer.model.device)
         if names and state.part:
             raise ValueError(
                 f"{self.run.folder} was stopped between two optimizer steps of an epoch, whose rollouts were made with "

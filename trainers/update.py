@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from flowalign.distributed import rank, together, world_size
-from flowalign.randomness import key_generator
+from flowalign.distributed import world_size
 from flowalign.records import Condition, Step, expand_rows
 from flowalign.rollout import Replay, replay
 from flowalign.transitions import Transition
-from trainers.batch import Batch, Part
+from trainers.batch import Batch, Part, parts_of
+from trainers.steps import OptimizerSteps
 from trainers.watch import Watch, save_bad
 
 if TYPE_CHECKING:
-    from trainers.base import Trainer
     from trainers.keeper import Keeper
+    from trainers.policy_gradient import PolicyTrainer
 
 
-class Update:
-    """One pass over a batch in `updates_per_epoch` optimizer steps, those before the record's `part` left out.
+class Update(OptimizerSteps):
+    """One pass over a batch in `updates_per_epoch` optimizer steps.
 
-    Each step's loss is divided once, by its weighted number of samples times trained steps over all processes.
+    Each step's loss is divided by its weighted number of samples times trained steps.
     """
 
-    def __init__(self, trainer: Trainer, batch: Batch, keeper: Keeper | None) -> None:
-        self.trainer, self.batch, self.keeper = trainer, batch, keeper
-        self.trained = trainer.trained_steps(batch.path)
+    trainer: PolicyTrainer
+
+    def __init__(self, trainer: PolicyTrainer, batch: Batch, keeper: Keeper | None) -> None:
+        super().__init__(trainer, keeper)
+        self.batch, self.trained = batch, trainer.trained_steps(batch.path)
 
     def run(self, order: Int[Tensor, " p"] | None = None) -> dict[str, float]:
         """All steps; returns the means of what was seen.
@@ -39,72 +41,33 @@ class Update:
             order: the order in which rows are taken, cut into as many equal parts; by default drawn from the seed and
                 the epoch, so that each optimizer step has an equal share of each group and of each process's rows.
         """
-        trainer, state = self.trainer, self.trainer.state
-        steps = trainer.updates_per_epoch
-        parts = self._parts(steps) if order is None else [*order.tensor_split(steps)]
-        for rows in parts[state.part :]:
-            watch = Watch(trainer.watched(), trainer.ratio_limit(), trainer.model.device)
-            with trainer.model.meter.phase("update"):
-                self._accumulate(rows, watch)
-                norm = trainer.optimizer.step(watch.sums())
-            state.seen.append(watch.means() | {"grad_norm": norm, "counts": watch.counts()})
-            state.spend(trainer.model.meter)
-            self._count_skipped(norm, watch)
-            state.part += 1
-            if self.keeper is not None and state.part < steps:
-                self.keeper.poll()
-        return self._means()
+        steps = self.trainer.updates_per_epoch
+        return self._run(self._parts(steps) if order is None else [*order.tensor_split(steps)])
 
     def _parts(self, steps: int) -> list[Tensor]:
-        """The rows of each optimizer step: of so many neighbours one for each, drawn from the seed and the epoch."""
-        rows = len(self.batch.texts)
-        generator = key_generator(self.trainer.seed, "update_order", self.trainer.state.epoch)
-        turns = torch.from_numpy(generator.permuted([[*range(steps)]] * -(-rows // steps), axis=1).flatten())
-        return [(turns[:rows] == step).nonzero().flatten() for step in range(steps)]
+        """The rows of each optimizer step."""
+        return parts_of(len(self.batch.texts), steps, self.trainer.seed, self.trainer.state.epoch)
 
-    def _means(self) -> dict[str, float]:
-        """Over the epoch's optimizer steps that were made."""
-        seen = self.trainer.state.seen
-        made = [row for row in seen if math.isfinite(row["grad_norm"])]
-        names = [name for name in (made[0] if made else ()) if name != "counts"]
-        means = {name: sum(row[name] for row in made) / len(made) for name in names}
-        return means | {"skipped": float(len(seen) - len(made)), "lr": self.trainer.optimizer.learning_rate}
+    def _watch(self) -> Watch:
+        return Watch(self.trainer.watched(), self.trainer.ratio_limit(), self.trainer.model.device)
 
-    def _count_skipped(self, norm: float, watch: Watch) -> None:
-        """The decision is the same on every process: it is made of numbers that have been summed over them."""
-        state, optimizer = self.trainer.state, self.trainer.optimizer
-        if math.isfinite(norm):
-            state.skipped = 0
-            return
-        if not watch.any_bad() and optimizer.scaling_down():
-            return
-        state.skipped += 1
-        folder = self.trainer.folder / "non_finite"
-        name = f"epoch-{state.epoch:06d}-step-{state.part}-process-{rank()}"
-        together(lambda: save_bad(folder, name, watch, self.batch))
-        if state.skipped > optimizer.settings.max_skipped:
-            raise ValueError(
-                f"{state.skipped} optimizer steps in a row had a loss or gradient that is not finite, last in epoch "
-                f"{state.epoch}; their samples are in {folder}: look at the reward, lower the learning rate, or train "
-                "in higher precision"
-            )
+    def _save_bad(self, folder: Path, name: str, watch: Watch) -> None:
+        save_bad(folder, name, watch, self.batch)
 
-    def _accumulate(self, rows: Int[Tensor, " p"], watch: Watch) -> None:
+    def _accumulate(self, rows: Int[Tensor, " p"], watch: Watch) -> dict[str, Any]:
         trainer, batch = self.trainer, self.batch
         total = batch.weights[expand_rows(rows, batch.members)].sum() * len(self.trained)
         if total == 0:
-            return
+            return {}
         mine = self._micro_batches(rows)
         turns = self._turns(rows, len(mine))
         for turn in range(turns):
-            if self.keeper is not None and self.keeper.asked("update", turn, turns):
-                trainer.optimizer.discard()  # the step is made anew when the run goes on
-                trainer.model.meter.take()
-                self.keeper.stop()
+            self._stop_if_asked(turn, turns)
             if turn < len(mine):
                 part, micro = mine[turn]
                 with trainer.model.sized(part.size):
                     self._micro_batch(part, micro, total, watch)
+        return {}
 
     def _micro_batches(self, rows: Int[Tensor, " p"]) -> list[tuple[Part, Int[Tensor, " m"]]]:
         """Those of the rows that this process holds, in calls of one size each."""

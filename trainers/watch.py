@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -95,6 +96,10 @@ class Watch:
         """Sample, step and loss wherever the loss of this process is not finite."""
         return [row for row in self.every() if not math.isfinite(row[2])]
 
+    def worst(self) -> set[int]:
+        """The samples of this process whose loss is not finite, or all where none is so."""
+        return {sample for sample, _, _ in self.bad() or self.every()}
+
     def every(self) -> list[tuple[int, int, float]]:
         """Sample, step and loss of all that this process has seen."""
         return [
@@ -105,24 +110,12 @@ class Watch:
 
 
 def save_bad(folder: Path, name: str, watch: Watch, batch: Batch, most: int = 16) -> None:
-    """Write down the samples whose loss is not finite, or all where the gradient alone is not.
+    """`write_bad` of a batch, with the steps of the first `most` of the samples' rows."""
 
-    `name`.jsonl names them; `name`.safetensors holds the steps of the first `most` of their rows.
-    """
-    bad = watch.bad() or watch.every()
-    lines = [
-        {
-            "sample": sample,
-            "prompt": batch.texts[sample // batch.members],
-            "step": step,
-            "loss": str(loss),
-            "reward": str(float(batch.scores.total[sample])),
-        }
-        for sample, step, loss in bad
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}.jsonl", json_lines(lines))
-    rows = torch.tensor(sorted({sample // batch.members for sample, _, _ in bad})[:most], dtype=torch.int64)
+    def told(sample: int) -> dict[str, Any]:
+        return {"prompt": batch.texts[sample // batch.members], "reward": str(float(batch.scores.total[sample]))}
+
+    rows = torch.tensor(sorted({sample // batch.members for sample in watch.worst()})[:most], dtype=torch.int64)
     held = {"rows": rows}
     for part in batch.parts:
         inside = rows[torch.isin(rows, part.rows)]
@@ -131,4 +124,18 @@ def save_bad(folder: Path, name: str, watch: Watch, batch: Batch, most: int = 16
             taken = step.rows((inside - part.rows[0]).to(step.latents.device))
             held[f"{name_of}{step.interval.index}/latents"] = taken.latents.cpu().contiguous()
             held[f"{name_of}{step.interval.index}/latents_next"] = taken.latents_next.cpu().contiguous()
-    write_tensors(folder / f"{name}.safetensors", held)
+    write_bad(folder, name, watch, told, held)
+
+
+def write_bad(
+    folder: Path, name: str, watch: Watch, told: Callable[[int], dict[str, Any]], tensors: dict[str, Tensor]
+) -> None:
+    """Write down the samples whose loss is not finite, or all where the gradient alone is not.
+
+    `name`.jsonl names them, with what is `told` of each; `name`.safetensors holds the tensors.
+    """
+    bad = watch.bad() or watch.every()
+    lines = [{"sample": sample, **told(sample), "step": step, "loss": str(loss)} for sample, step, loss in bad]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}.jsonl", json_lines(lines))
+    write_tensors(folder / f"{name}.safetensors", tensors)

@@ -26,7 +26,7 @@ from trainers.preflight.geometry import (
 from trainers.preflight.memory import Prediction, predict
 from trainers.preflight.problems import Problem, error, of_settings, warning
 from trainers.preflight.sheet import contact_sheet
-from trainers.preflight.trial import encode_some, judge, learn, peak_memory, roll_out
+from trainers.preflight.trial import encode_some, judge, peak_memory
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -116,16 +116,16 @@ def _predicted(trainer: Trainer, cut: Geometry) -> tuple[Prediction | None, list
 def _try(trainer: Trainer, out: Path, say: Say) -> tuple[Trial | None, str]:
     """The tiny step, or why it could not be made."""
     doing = "encoding prompts"
-    device = trainer.model.device
+    device, family = trainer.model.device, trainer.preflight()
     try:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         say(doing)
         encoding = encode_some(trainer)
         say(doing := "sampling the first group, to warm up and again to be measured")
-        rollouts = roll_out(trainer)
+        rollouts = family.roll_out()
         say(doing := "taking a gradient, to warm up and again to be measured")
-        learning = learn(trainer, rollouts.batch)
+        learning = family.learn(rollouts)
         if trainer.evaluator.prompts is not None:
             say(doing := "trying a call of the evaluation")
         judging = judge(trainer)

@@ -7,23 +7,30 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from flowalign import checkpoint
 from flowalign.pictures import to_bytes, zipped
 from flowalign.videos import mp4
-from trainers.collection import Epoch
-from trainers.preflight.geometry import GLANCED_AT, Geometry, looked_at
+from trainers.preflight.geometry import GLANCED_AT, Geometry
 from trainers.preflight.trial import Encoding, Judging, Learning, Rollouts
 from trainers.state import State
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
+
+
+class Phases(NamedTuple):
+    """Seconds of an epoch."""
+
+    rollout: float
+    decode: float
+    reward: float
+    update: float
 
 
 @dataclass(frozen=True)
@@ -106,27 +113,11 @@ def evaluations(trainer: Trainer) -> int:
 
 def times(trainer: Trainer, cut: Geometry, trial: Trial) -> Times:
     """An estimate; of the busiest process where there are several."""
-    made, epochs, size = trial.rollouts, looked_at(trainer), trainer.sampling.batch_size
-    turns, update_turns = max(cut.shares), max(cut.update_shares)
-    rows = fmean(_rolled_rows(trainer, epoch, turns * size) for epoch in epochs)
-    trained = fmean(len(trainer.trained_steps(epoch.path)) for epoch in epochs)
-    samples = min(turns * size, cut.rows) * cut.members
-    phases = (
-        rows * made.seconds_per_row,
-        samples * made.seconds_per_decode,
-        samples * made.seconds_per_score,
-        update_turns * trained * trial.learning.seconds_per_step,
-    )
+    phases = trainer.preflight().phases(cut, trial)
     judged, evaluation = evaluations(trainer), _evaluation_seconds(trainer, trial.judging, len(cut.shares))
-    run = trainer.epochs * sum(phases)
-    saves = judged + _saves(trainer, run)
+    saves = judged + _saves(trainer, trainer.epochs * sum(phases))
     encoding = _prompts_encoded(trainer) * trial.encoding.seconds
     return Times(*phases, evaluation, judged, trial.saving.seconds, saves, encoding, trainer.epochs)
-
-
-def _rolled_rows(trainer: Trainer, epoch: Epoch, rows: int) -> int:
-    """Network rows of rollouts of so many rows, padding included."""
-    return trainer.collection.needed(replace(epoch, rows=epoch.rows[:1] * rows), (), False).forward
 
 
 def _evaluation_seconds(trainer: Trainer, judging: Judging | None, processes: int) -> float:
@@ -183,7 +174,7 @@ def moments(trainer: Trainer) -> int:
 
 def space(trainer: Trainer, cut: Geometry, trial: Trial) -> Space:
     """Upper bounds, but for the peak, which was measured, and the pictures' files, whose first ones were."""
-    held = max(_rollout_bytes(trainer, epoch, cut) for epoch in looked_at(trainer))
+    held = trainer.preflight().kept_bytes(cut)
     kept_already = sum(step.latents.nbytes + step.latents_next.nbytes for step in trial.rollouts.batch.steps)
     embeddings = int(min(_prompts_encoded(trainer) * trial.encoding.size, trainer.model.embeddings_limit))
     prompts = trainer.evaluator.prompts
@@ -199,17 +190,6 @@ def space(trainer: Trainer, cut: Geometry, trial: Trial) -> Space:
         trial.peak, moments(trainer), held, embeddings, pictures, memory, memory_limit(trainer.model.device),
         largest, kept, files, kept + files, free,
     )  # fmt: skip
-
-
-def _rollout_bytes(trainer: Trainer, epoch: Epoch, cut: Geometry) -> int:
-    """What one process keeps of an epoch's stochastic steps: latents before and after, float32."""
-    rows = min(max(cut.shares) * cut.batch_size, cut.rows)
-    numbers, branch = trainer.collection.largest, epoch.path.branch
-    total = 0
-    for step in epoch.path.stochastic:
-        before = rows if branch is None or step <= branch else rows * cut.members
-        total += (before + rows * cut.members) * numbers * 4
-    return total
 
 
 def _evaluation_files(trainer: Trainer, trial: Trial, count: int) -> int:

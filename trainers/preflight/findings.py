@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flowalign.report.formats import duration, number, percent
+from flowalign.report.formats import duration, number
 from trainers.preflight.costs import Space, Times, Trial
 from trainers.preflight.problems import Found, Problem, error, warning
 from trainers.preflight.trial import Learning, Rollouts
@@ -15,7 +15,6 @@ from trainers.preflight.trial import Learning, Rollouts
 if TYPE_CHECKING:
     from trainers.base import Trainer
 
-HALF = 0.5  # of the groups: beyond it most of an epoch's work teaches nothing (the report says the same)
 FEW_SAMPLES = 30  # and one group: in so few a part, a verdict on one prompt perhaps, may well not differ
 SHORT = 600.0  # seconds that a kill may cost: the default of checkpoints.minutes
 
@@ -25,13 +24,11 @@ def of_trial(trainer: Trainer, trial: Trial) -> list[Problem]:
     rollouts, learning = trial.rollouts, trial.learning
     found = [
         _invalid(trainer, rollouts),
-        _equal(rollouts),
         _constant_part(rollouts),
         _not_repeatable(rollouts),
         _metric(trainer, trial),
         _not_finite(trainer, learning),
-        _no_gradient(learning),
-        _off_policy(learning),
+        *trainer.preflight().of_trial(trial),
     ]
     return [problem for problem in found if problem is not None]
 
@@ -53,26 +50,6 @@ def _invalid(trainer: Trainer, rollouts: Rollouts) -> Found:
     if trainer.on_invalid == "stop":
         return error(f"{said}, and on_invalid: stop ends the run at the first one. Mend the reward, or set it to drop")
     return warning(f"{said}; they are left out, as on_invalid: drop says. Their groups are smaller and noisier")
-
-
-def equal_groups(rollouts: Rollouts) -> tuple[int, int]:
-    """Groups whose valid samples all have the same score, and groups in all."""
-    ids, known, total = rollouts.group_ids, rollouts.scores.valid, rollouts.scores.total
-    spreads = [total[(ids == group) & known] for group in ids.unique()]
-    return sum(len(one) == 0 or bool(one.amax() == one.amin()) for one in spreads), len(spreads)
-
-
-def _equal(rollouts: Rollouts) -> Found:
-    equal, groups = equal_groups(rollouts)
-    if not rollouts.scores.valid.any() or equal <= HALF * groups:
-        return None
-    value = number(float(rollouts.scores.total[rollouts.first & rollouts.scores.valid].mean()))
-    where = f"in the first group all scores are equal ({value})" if groups == 1 else ""
-    where = where or f"in {equal} of the first {groups} groups all scores are equal"
-    return warning(
-        f"{where}: equal scores teach nothing. The prompts are too easy or too hard for this model, the "
-        "reward is too coarse, or the noise of the plan too small; look at the sheet"
-    )
 
 
 def _constant_part(rollouts: Rollouts) -> Found:
@@ -118,25 +95,6 @@ def _not_finite(trainer: Trainer, learning: Learning) -> Found:
     if not math.isfinite(learning.grad_norm) and not trainer.optimizer.scaling_down():
         return error("the first gradient is not finite. Train in higher precision (mixed_precision bf16 or no)")
     return None
-
-
-def _no_gradient(learning: Learning) -> Found:
-    if learning.grad_norm != 0:
-        return None
-    return error(
-        "the gradient is exactly 0, though there are advantages: no gradient reaches the policy. Look at the LoRA's "
-        "targets, guidance_scale and advantages"
-    )
-
-
-def _off_policy(learning: Learning) -> Found:
-    if not learning.clipped > 0:
-        return None
-    return warning(
-        f"{percent(learning.clipped)} of ratios are clipped before anything is learned (a ratio is off 1 by "
-        f"{learning.off:.2g}): rounding alone moves them, as the device does not repeat its own results. Raise "
-        "clip_range, or train in higher precision"
-    )
 
 
 def _memory(needs: Space) -> Found:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from flowalign.accounting import Rows
-from flowalign.distributed import share
-from flowalign.records import Interval, intervals
-from flowalign.transitions import ODE, Transition
+from flowalign.records import Interval
 from trainers.collection import Epoch
 
 if TYPE_CHECKING:
@@ -56,24 +51,7 @@ class Geometry:
 
 def geometry(trainer: Trainer, processes: int = 1, batch_size: int | None = None) -> Geometry:
     """The trainer's, or what it would be with another number of processes or another batch size."""
-    sampling, epoch = trainer.sampling, trainer.collection.epoch(0)
-    size, rows = batch_size or sampling.batch_size, len(epoch.rows)
-    cuts = epoch.cuts(size)
-    parts = [share(len(cuts) - 1, process, processes) for process in range(processes)]
-    shares = [range(cuts[part.start], cuts[part.stop]) for part in parts]
-    held = [[len(bucket.among(rows_held)) for bucket in epoch.buckets] for rows_held in shares]
-    each = trainer.updates_per_epoch
-    updates = tuple(sum(_update_calls(count, each, size) for count in counts) for counts in held)
-    return Geometry(
-        sampling.groups, sampling.group_size, epoch.members, rows, size, trainer.updates_per_epoch,
-        tuple(len(part) for part in parts), updates,
-    )  # fmt: skip
-
-
-def _update_calls(rows: int, updates: int, size: int) -> int:
-    """Micro-batches of so many rows in so many optimizer steps, each of which has as many rows or one more."""
-    each, more = divmod(rows, updates)
-    return more * -(-(each + 1) // size) + (updates - more) * -(-each // size)
+    return trainer.preflight().geometry(processes, batch_size or trainer.sampling.batch_size)
 
 
 def better_batch_size(trainer: Trainer, processes: int) -> Geometry:
@@ -90,24 +68,16 @@ def looked_at(trainer: Trainer) -> tuple[Epoch, ...]:
 
 def floor_rows(trainer: Trainer, epoch: Epoch) -> Rows:
     """The fewest network rows that an epoch can do with."""
-    return trainer.collection.needed(epoch, trainer.trained_steps(epoch.path), trainer.needs_reference())
+    return trainer.needed(epoch)
 
 
 def spent_rows(trainer: Trainer, epoch: Epoch, cut: Geometry) -> Rows:
-    """The network rows that an epoch takes, padding included.
-
-    The update takes fewer where all samples of a micro-batch have advantage 0: it is left out.
-    """
-    trained, reference = trainer.trained_steps(epoch.path), trainer.needs_reference()
-    rolled = _padded(epoch, sum(cut.shares) * cut.batch_size)
-    updated = _padded(epoch, sum(cut.update_shares) * cut.batch_size)
-    needed = trainer.collection.needed
-    both, rollouts = needed(updated, trained, reference), needed(updated, (), False)
-    update = Rows(both.forward - rollouts.forward, both.gradient)
-    return needed(rolled, (), False) + update
+    """The network rows that an epoch takes, padding included."""
+    return trainer.preflight().spent_rows(epoch, cut)
 
 
-def _padded(epoch: Epoch, rows: int) -> Epoch:
+def padded(epoch: Epoch, rows: int) -> Epoch:
+    """An epoch of so many rows."""
     return replace(epoch, rows=epoch.rows[:1] * rows)
 
 
@@ -116,7 +86,8 @@ class PlannedStep:
     """One step of the grid over the run's first epochs.
 
     stochastic, trained: the share of epochs in which it is so. std: of its noise where it is stochastic, else 0.
-    leverage: by how many stds the mean moves where the velocity moves by 1; the log-ratio's spread goes with it.
+    leverage: of a step with a density by how many stds its mean moves where the velocity moves by 1, which is how far
+    log-ratios spread; of one with gradient by how much the latents move, which scales the gradient.
     """
 
     interval: Interval
@@ -128,17 +99,4 @@ class PlannedStep:
 
 def planned_steps(trainer: Trainer, epochs: tuple[Epoch, ...]) -> tuple[PlannedStep, ...]:
     """All steps of the grid. Raises: ValueError where a transition is not defined for its step."""
-    found = []
-    for interval in intervals(trainer.sigmas):
-        at = interval.index
-        kinds = [epoch.path.transitions[at] for epoch in epochs]
-        noisy = [kind for kind in kinds if not isinstance(kind, ODE)]
-        std, leverage = _spread(noisy[0], interval) if noisy else (0.0, 0.0)
-        trained = sum(at in trainer.trained_steps(epoch.path) for epoch in epochs)
-        found.append(PlannedStep(interval, std, leverage, len(noisy) / len(epochs), trained / len(epochs)))
-    return tuple(found)
-
-
-def _spread(transition: Transition, interval: Interval) -> tuple[float, float]:
-    mean, std = transition(torch.zeros(1, 1), torch.ones(1, 1), interval)
-    return std, abs(float(mean)) / std if std > 0 else math.inf
+    return trainer.preflight().planned_steps(epochs)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flowalign.media import shown
 from flowalign.memory_estimate import (
+    Activations,
     activations,
     components,
     copied_bytes,
@@ -22,7 +24,7 @@ from flowalign.memory_estimate import (
 from flowalign.models.memory import Memory
 from flowalign.models.pipeline import PipelineModel
 from flowalign.records import Condition
-from trainers.preflight.geometry import Geometry, looked_at
+from trainers.preflight.geometry import Geometry
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -166,19 +168,32 @@ class Passing:
     def __init__(self, trainer: Trainer, model: PipelineModel, most_rows: int) -> None:
         self.model, self.rows, self.whole = model, most_rows, trainer.sampling.batch_size
         self.policy, self.per_call = trainer.policy, trainer.sampling.rows_per_call
-        self._told = model.encode(trainer.collection.told_rows(trainer.collection.epoch(0), [0]).text)
-        self.learning = lru_cache(self._learning)
+        self._prompts, self._reward = trainer.collection.told_rows(trainer.collection.epoch(0), [0]), trainer.reward
+        self._told = model.encode(self._prompts.text)
+        self.activations = lru_cache(self._activations)
         self.sampling = lru_cache(self._sampling)
         self.decoding = lru_cache(partial(decode_peak, model))
+        self.seeing = lru_cache(self._seeing)
 
     def called(self, batch_size: int) -> int:
         """Rows of the largest call without gradient."""
         return max(min(self.per_call, self.rows) * batch_size // self.whole, 1)
 
-    def _learning(self, rows: int, checkpointing: bool, precision: torch.dtype) -> int:
+    def _activations(self, rows: int, checkpointing: bool, precision: torch.dtype) -> Activations:
+        """Of one guided velocity with gradient."""
         scale = self.policy.guidance_scale
-        both = self.policy.unconditional_grad and self.model.calls(scale, 0.5) == 2
-        return activations(self.model, self._repeated(rows), checkpointing, precision, scale).peak * (2 if both else 1)
+        both = 2 if self.policy.unconditional_grad and self.model.calls(scale, 0.5) == 2 else 1
+        one = activations(self.model, self._repeated(rows), checkpointing, precision, scale)
+        return Activations(both * one.saved, both * one.peak)
+
+    def _seeing(self, rows: int) -> int:
+        """Bytes of decoding so many latents and scoring the pictures, with gradient."""
+        told = self._prompts.rows([0] * rows)
+
+        def score(pixels: torch.Tensor) -> torch.Tensor:
+            return self._reward(shown(pixels, told, self.model.fps), told, grad=True).total
+
+        return decode_peak(self.model, rows, score)
 
     def _sampling(self, rows: int, precision: torch.dtype) -> int:
         return sampling_peak(self.model, self._repeated(rows), precision, self.policy.guidance_scale)
@@ -205,7 +220,7 @@ def needs(trainer: Trainer, model: PipelineModel, cut: Geometry, choice: Switche
         reward_bytes(trainer),
         policy_bytes(trainer),
         0 if memory.trajectory_on_cpu else 2 * trajectory_bytes(trainer, cut),
-        passing.learning(choice.batch_size, choice.gradient_checkpointing, choice.precision) + copied,
+        trainer.preflight().learning_bytes(choice, passing) + copied,
         passing.sampling(most, choice.precision),
         passing.decoding(1 if memory.vae_slicing else most),
         sum(waiting.values()) if away else 0,
@@ -245,14 +260,8 @@ def policy_bytes(trainer: Trainer) -> int:
 
 
 def trajectory_bytes(trainer: Trainer, cut: Geometry) -> int:
-    """What one process holds of an epoch's stochastic steps: latents before and after and log-probs, float32."""
-    rows, numbers = min(max(cut.shares) * cut.batch_size, cut.rows), trainer.collection.largest
-    samples, found = rows * cut.members, [0]
-    for epoch in looked_at(trainer):
-        branch = epoch.path.branch
-        before = [rows if branch is None or step <= branch else samples for step in epoch.path.stochastic]
-        found.append(sum(((one + samples) * numbers + samples) * 4 for one in before))
-    return max(found)
+    """What one process holds of an epoch's rollouts until it is over."""
+    return trainer.preflight().kept_bytes(cut)
 
 
 def reward_bytes(trainer: Trainer) -> int:

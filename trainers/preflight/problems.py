@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 from flowalign.models import PipelineModel
 from flowalign.report.formats import percent
-from flowalign.transitions import mean_of_elements, sum_of_elements
-from trainers.flow_grpo import FlowGRPO
 from trainers.preflight.geometry import GLANCED_AT, Geometry, PlannedStep, better_batch_size
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
 
-FEW_MEMBERS = 4  # in a group: with three, one sample's luck is a third of the mean it is held against
 FEW_PROMPTS = 30  # held out: fewer give no interval to speak of (the report says the same)
 PADDING = 0.1  # of a call's rows
-FAINT = 0.05  # times the other steps' median std: such noise is not seen in a picture
-NEVER = 100.0  # of a latent's log-density: no sample's ratio gets that far in one epoch
 
 
 @dataclass(frozen=True)
@@ -48,11 +43,8 @@ def error(text: str) -> Problem:
 def of_settings(trainer: Trainer, cut: Geometry, steps: tuple[PlannedStep, ...]) -> list[Problem]:
     """All that the settings tell."""
     found = [
-        _no_noise(steps),
-        _last_step(steps),
+        *trainer.preflight().of_settings(cut, steps),
         _sampler(trainer),
-        _clipping(trainer),
-        _small_groups(trainer),
         _few_training_prompts(trainer),
         _truncated(trainer),
         _padding(trainer, cut),
@@ -68,62 +60,9 @@ def of_settings(trainer: Trainer, cut: Geometry, steps: tuple[PlannedStep, ...])
     return [problem for problem in found if problem is not None]
 
 
-def _no_noise(steps: tuple[PlannedStep, ...]) -> Found:
-    bad = [step.interval.index for step in steps if step.stochastic and not step.std > 0]
-    if not bad:
-        return None
-    return error(
-        f"step {bad[0]} is meant to be stochastic, but its noise has std 0 and so no density: CPS, Renoise and DDIM "
-        "have no noise in the step that ends at sigma 0. Leave that step out (last_step: false in the plan)"
-    )
-
-
-def _last_step(steps: tuple[PlannedStep, ...]) -> Found:
-    last, others = steps[-1], sorted(step.std for step in steps[:-1] if step.trained)
-    if not last.trained or not others or last.std >= FAINT * others[len(others) // 2]:
-        return None
-    usual = others[len(others) // 2]
-    return warning(
-        f"the last step is trained, and its noise is next to nothing (std {last.std:.2g}; the others' median is "
-        f"{usual:.2g}): no reward can tell what that noise was worth, so the step adds a pass and mostly noise to the "
-        "gradient. Leave it out: a step_fraction just below 1 (Flow-GRPO's authors do so), or last_step: false in the "
-        "plan"
-    )
-
-
 def _sampler(trainer: Trainer) -> Found:
     note = trainer.model.scheduler_note() if isinstance(trainer.model, PipelineModel) else None
     return None if note is None else warning(note)
-
-
-def _clipping(trainer: Trainer) -> Found:
-    if not isinstance(trainer, FlowGRPO) or trainer.updates_per_epoch == 1:
-        return None  # one update an epoch has ratios of 1: nothing is clipped
-    numbers, clip = 1, trainer.clip_range
-    for length in trainer.model.latent_shape:
-        numbers *= length
-    if trainer.policy.reduce is mean_of_elements and clip * numbers > NEVER:
-        return warning(
-            f"clip_range {clip:g} will never act: reduce is the mean over a latent's {numbers:,} elements, so that "
-            f"its density may change by exp({clip * numbers:,.0f}) first. Flow-GRPO's clip_range is 1e-4"
-        )
-    if trainer.policy.reduce is sum_of_elements and clip < 0.01:
-        return warning(
-            f"clip_range {clip:g} clips nearly every sample after the first update: reduce is the sum over a latent's "
-            f"{numbers:,} elements, while published ranges of that size presume mean_of_elements"
-        )
-    return None
-
-
-def _small_groups(trainer: Trainer) -> Found:
-    size = trainer.sampling.group_size
-    if size >= FEW_MEMBERS:
-        return None
-    why = "of two samples an advantage tells the better one and nothing else" if size == 2 else "its mean is noisy"
-    return warning(
-        f"sampling.group_size {size} is small: a sample is held against its group's mean, and {why}. "
-        "8 to 24 are usual; fewer groups make room"
-    )
 
 
 def _few_training_prompts(trainer: Trainer) -> Found:

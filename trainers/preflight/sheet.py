@@ -1,9 +1,8 @@
-"""The first group's pictures from best to worst, each with its scores and its advantage."""
+"""The first pictures from best to worst, each with its scores."""
 
 from __future__ import annotations
 
 import io
-import math
 import textwrap
 
 from jaxtyping import Float
@@ -19,21 +18,11 @@ HEADING = 14
 
 
 def contact_sheet(rollouts: Rollouts) -> bytes:
-    """A PNG: the prompt, then the pictures in the order of their advantage."""
+    """A PNG: the heading, then the pictures in the order of their advantage."""
     first = rollouts.first.nonzero().flatten()
     order = first[rollouts.advantages[first].argsort(descending=True, stable=True)]
-    captions = [_caption(rollouts, int(i)) for i in order]
-    return _headed(grid(_enlarged(rollouts.pixels[order]), captions), rollouts.batch.texts[0])
-
-
-def _caption(rollouts: Rollouts, sample: int) -> str:
-    scores = rollouts.scores
-    if not scores.valid[sample]:
-        return "no valid score"
-    parts = {name: float(column[sample]) for name, column in scores.parts.items()}
-    known = [f"{name.split('/')[-1]} {value:.3g}" for name, value in parts.items() if math.isfinite(value)]
-    line = f"advantage {float(rollouts.advantages[sample]):+.2f}   score {float(scores.total[sample]):.4g}"
-    return "\n".join([line, ", ".join(known)])
+    captions = [rollouts.captions[int(i)] for i in order]
+    return _headed(grid(_enlarged(rollouts.pixels[order]), captions), rollouts.heading)
 
 
 def _enlarged(pixels: Float[Tensor, "g 3 h w"]) -> Float[Tensor, "g 3 ..."]:

@@ -11,14 +11,13 @@ from flowalign.models import PipelineModel
 from flowalign.report.formats import count, duration, number, percent
 from flowalign.transitions import ODE
 from trainers.preflight.checking import Preflight
-from trainers.preflight.findings import equal_groups, size, spread
+from trainers.preflight.family import Lines
+from trainers.preflight.findings import size, spread
 from trainers.preflight.geometry import LOOKED_AT, geometry
 from trainers.preflight.memory import Fit
 
 NAME = 22  # columns
 WIDTH = 110
-
-Lines = list[tuple[str, str]]
 
 
 def page(found: Preflight, config: Mapping[str, Any] | None = None) -> str:
@@ -117,27 +116,10 @@ def _many(number: int) -> str:
 
 
 def _plan(found: Preflight) -> Lines:
-    shown: Lines = [("", "sigma                stochastic  std       leverage  trained")] if found.steps else []
-    for step in found.steps:
-        span = f"{step.interval.sigma:.4f} to {step.interval.sigma_next:.4f}"
-        if not step.stochastic:
-            shown.append((f"step {step.interval.index}", f"{span}     no"))
-            continue
-        share, trained = (_share(value) for value in (step.stochastic, step.trained))
-        line = f"{span}     {share:<11} {step.std:<9.4g} {step.leverage:<9.3g} {trained}"
-        shown.append((f"step {step.interval.index}", line))
-    kinds = {
-        type(kind).__name__: kind
-        for kind in found.trainer.collection.epoch(0).path.transitions
-        if not isinstance(kind, ODE)
-    }
-    meant = "leverage: by how many stds the step's mean moves where the velocity moves by 1"
-    return [("noise", ", ".join(map(repr, kinds.values()))), *shown, *([("", meant)] if shown else [])]
-
-
-def _share(value: float) -> str:
-    """Of the epochs."""
-    return {0.0: "no", 1.0: "yes"}.get(value, percent(value))
+    trainer = found.trainer
+    noisy = [kind for kind in trainer.collection.epoch(0).path.transitions if not isinstance(kind, ODE)]
+    kinds = {type(kind).__name__: kind for kind in noisy}
+    return [("noise", ", ".join(map(repr, kinds.values()))), *trainer.preflight().plan_lines(found.steps)]
 
 
 def _calls(found: Preflight) -> Lines:
@@ -159,24 +141,8 @@ def _calls(found: Preflight) -> Lines:
 def _step(found: Preflight) -> Lines:
     if found.trial is None:
         return []
-    rollouts, learning = found.trial.rollouts, found.trial.learning
-    equal, groups = equal_groups(rollouts)
-    whole = groups == found.cut.groups
-    ratio = "exactly 1, as it has to be" if learning.off == 0 else f"off 1 by {learning.off:.2g} at most"
-    credit = rollouts.advantages[rollouts.first]
-    balanced = " (a group's advantages add up to 0)" if abs(learning.loss) < 1e-6 else ""
-    measured = ", measured with advantages of 1, as all are 0" if learning.flat else balanced
-    shown = [
-        ("prompt", rollouts.batch.texts[0]),
-        ("scores", spread(rollouts.scores.total[rollouts.first & rollouts.scores.valid])),
-        ("advantages", f"{float(credit.amin()):+.2f} to {float(credit.amax()):+.2f}"),
-        ("", "" if whole else f"over {groups} of {found.cut.groups} groups: a std over the batch will be another"),
-        ("equal scores", f"in {equal} of {groups} groups sampled"),
-        ("loss", f"{learning.loss:.4g}{measured}"),
-        ("gradient's norm", f"{learning.grad_norm:.4g}, of one micro-batch"),
-        ("first ratio", ratio if learning.off == learning.off else ""),
-        ("contact sheet", str(found.sheet or "")),
-    ]
+    told = found.trainer.preflight().step_lines(found.trial, found.cut)
+    shown = [("prompt", found.trial.rollouts.heading), *told, ("contact sheet", str(found.sheet or ""))]
     return [line for line in shown if line[1]]
 
 

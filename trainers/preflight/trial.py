@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,12 +27,8 @@ from flowalign.sample import start_noise
 from flowalign.schedules import Path
 from flowalign.transitions import ODE
 from flowalign.videos import stills
-from rewards.base import Reward, join_scores
-from trainers.batch import Batch, Bucket, detached, valid_rows
-from trainers.collection import Collection, join_steps_of
-from trainers.state import Collected
-from trainers.update import Update
-from trainers.watch import Watch
+from rewards.base import Reward
+from trainers.batch import Batch, detached
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -58,9 +54,10 @@ class Seen(Reward):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The whole groups that the first micro-batches hold, one group at least.
+    """The first samples: of a trainer by groups whole groups, as its first micro-batches hold them; one at least.
 
     advantages: one per sample, 0 for one without a valid score; where a method gives each step its own, their mean.
+    Without groups, the scores. heading, captions: of the contact sheet, and of its pictures.
     pixels: the first group's, of videos strips of frames. medium: the first picture or video, in 8 bits.
     repeatable: whether the same pictures got the same scores the second time.
     Seconds: per row of a network call, per picture decoded, per picture scored.
@@ -68,6 +65,8 @@ class Rollouts:
 
     batch: Batch
     advantages: Float[Tensor, " b"]
+    heading: str
+    captions: tuple[str, ...]
     pixels: Float[Tensor, "g 3 h w"]
     medium: UInt8[Tensor, "*frames 3 height width"]
     repeatable: bool
@@ -97,7 +96,8 @@ class Learning:
 
     off: the largest distance of a ratio from 1, nan where the method has none; the policy is still the one that
     sampled, so that it should be 0. clipped: the share of samples whose ratio is clipped. seconds_per_step: of one
-    trained step of a micro-batch. flat: all advantages were 0, and it was measured with advantages of 1.
+    trained step of a micro-batch; of a method that goes back through the rollout, of all of it.
+    flat: all advantages were 0, and it was measured with advantages of 1.
     """
 
     loss: float
@@ -146,88 +146,27 @@ def timed(model: Model, action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def roll_out(trainer: Trainer) -> Rollouts:
-    """The micro-batches that hold the first group. Raises: ValueError where reward or plan do."""
-    model, reward = trainer.model, Seen(trainer.reward)
-    collection = Collection(model, reward, trainer.prompts, trainer.sampling, trainer.policy, trainer.seed)
-    epoch = collection.epoch(0)
-    per_group = trainer.sampling.group_size // epoch.members
-    before = collection.collect(epoch, 0)
-    reward.pixels.clear()
-    model.meter.take()
-    parts = [collection.collect(epoch, index) for index in range(-(-per_group // trainer.sampling.batch_size))]
-    _, rows, seconds = model.meter.take()
-    made = sum(len(part.scores) for part in parts)
-    batch = first_groups(trainer, parts)
-    advantages = batch.advantages.reshape(len(batch.advantages), -1).mean(1)
-    return Rollouts(
-        batch,
-        advantages,
-        torch.cat(reward.pixels)[: trainer.sampling.group_size].float() / 255,
-        reward.first[0],
-        _same(before.scores, parts[0].scores),
-        seconds["rollout"] / rows.forward,
-        seconds["decode"] / made,
-        seconds["reward"] / made,
-    )
+def caption(before: str, scores: Scores, sample: int) -> str:
+    """Of a sample's picture, with its scores."""
+    if not scores.valid[sample]:
+        return "no valid score"
+    parts = {name: float(column[sample]) for name, column in scores.parts.items()}
+    known = [f"{name.split('/')[-1]} {value:.3g}" for name, value in parts.items() if math.isfinite(value)]
+    return "\n".join([f"{before}score {float(scores.total[sample]):.4g}", ", ".join(known)])
 
 
-def _same(one: Scores, other: Scores) -> bool:
+def same(one: Scores, other: Scores) -> bool:
+    """Whether scores are equal to the last bit."""
     pairs = [(one.total, other.total), *((value, other.parts[name]) for name, value in one.parts.items())]
     return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
-def first_groups(trainer: Trainer, parts: list[Collected]) -> Batch:
-    """The epoch's whole groups among these micro-batches as a batch; scores that are not valid are left out."""
-    collection, size = trainer.collection, trainer.sampling.group_size
-    epoch = collection.epoch(0)
-    scores = join_scores([part.scores for part in parts])
-    groups = len(scores) // size
-    kept, rows = groups * size, groups * size // epoch.members
-    names = {name: value[:kept] for name, value in scores.parts.items()}
-    scores = Scores(scores.total[:kept], names, scores.valid[:kept])
-    group_ids, known = torch.arange(groups).repeat_interleave(size), scores.valid
-    advantages = torch.zeros(kept)
-    if known.any():
-        credited = trainer.credit(valid_rows(scores), group_ids[known])
-        advantages = credited.new_zeros(kept, *credited.shape[1:])
-        advantages[known] = credited
-    steps = tuple(step.rows(torch.arange(kept // step.members)) for step in join_steps_of(parts))
-    told = collection.told_rows(epoch, range(rows))
-    return Batch(
-        epoch.path, torch.arange(rows), told.text, steps, scores, group_ids, advantages, known.float(),
-        told.negatives(), (Bucket(epoch.buckets[0].size, range(rows)),), trainer.model.images(told),
-    )  # fmt: skip
-
-
-def learn(trainer: Trainer, batch: Batch) -> Learning:
-    """Gradients of the first micro-batch, twice; the second is measured, and both are discarded."""
-    flat = not (batch.advantages.reshape(len(batch.weights), -1) * batch.weights[:, None]).any()
-    if flat:
-        batch = replace(batch, advantages=torch.ones_like(batch.advantages), weights=torch.ones_like(batch.weights))
-    rows = batch.rows[: trainer.sampling.batch_size]
-    update, optimizer = Update(trainer, batch, None), trainer.optimizer
-    for _ in range(2):
-        optimizer.discard()
-        watch = Watch(trainer.watched(), trainer.ratio_limit(), trainer.model.device)
-        seconds = _measured(trainer, update, rows, watch)
+def gradient_norm(trainer: Trainer) -> float:
+    """Of the gradients that are there, without a loss scale."""
+    optimizer = trainer.optimizer
     grads = [value.grad for value in optimizer.parameters.values() if value.grad is not None]
     norm = float(torch.stack([grad.double().norm() for grad in grads]).norm()) if grads else 0.0
-    scale = optimizer.scaler.get_scale() if optimizer.scaler.is_enabled() else 1.0
-    optimizer.discard()
-    seen, losses = watch.means(), [loss for _, _, loss in watch.every()]
-    return Learning(
-        sum(losses) / max(len(losses), 1),
-        norm / scale,
-        seen.get("ratio_max", math.nan),
-        seen.get("clip_fraction", math.nan),
-        seconds / max(len(update.trained), 1),
-        flat,
-    )
-
-
-def _measured(trainer: Trainer, update: Update, rows: Tensor, watch: Watch) -> float:
-    return timed(trainer.model, lambda: update._accumulate(rows, watch))
+    return norm / (optimizer.scaler.get_scale() if optimizer.scaler.is_enabled() else 1.0)
 
 
 def judge(trainer: Trainer) -> Judging | None:

@@ -1,0 +1,240 @@
+"""How trainers by policy gradient are tried: whole groups rolled out, and one micro-batch of their replay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowalign.accounting import Rows
+from flowalign.distributed import share
+from flowalign.records import Interval, intervals
+from flowalign.report.formats import percent
+from flowalign.transitions import ODE, Transition
+from rewards.base import join_scores
+from trainers.batch import Batch, Bucket, valid_rows
+from trainers.collection import Collection, Epoch, join_steps_of
+from trainers.preflight import policy_findings as findings
+from trainers.preflight.costs import Phases, Trial
+from trainers.preflight.family import Family, Lines
+from trainers.preflight.findings import spread
+from trainers.preflight.geometry import Geometry, PlannedStep, looked_at, padded
+from trainers.preflight.problems import Found
+from trainers.preflight.trial import Learning, Rollouts, Seen, caption, gradient_norm, same, timed
+from trainers.state import Collected
+from trainers.update import Update
+from trainers.watch import Watch
+
+if TYPE_CHECKING:
+    from trainers.policy_gradient import PolicyTrainer
+    from trainers.preflight.memory import Passing, Switches
+
+
+class PolicyFamily(Family):
+    """Of trainers that replay stored steps."""
+
+    def __init__(self, trainer: PolicyTrainer) -> None:
+        self.trainer = trainer
+
+    def geometry(self, processes: int, batch_size: int) -> Geometry:
+        trainer, sampling, epoch = self.trainer, self.trainer.sampling, self.trainer.collection.epoch(0)
+        cuts = epoch.cuts(batch_size)
+        parts = [share(len(cuts) - 1, process, processes) for process in range(processes)]
+        shares = [range(cuts[part.start], cuts[part.stop]) for part in parts]
+        held = [[len(bucket.among(rows_held)) for bucket in epoch.buckets] for rows_held in shares]
+        each = trainer.updates_per_epoch
+        updates = tuple(sum(_update_calls(count, each, batch_size) for count in counts) for counts in held)
+        return Geometry(
+            sampling.groups, sampling.group_size, epoch.members, len(epoch.rows), batch_size, each,
+            tuple(len(part) for part in parts), updates,
+        )  # fmt: skip
+
+    def planned_steps(self, epochs: tuple[Epoch, ...]) -> tuple[PlannedStep, ...]:
+        found = []
+        for interval in intervals(self.trainer.sigmas):
+            at = interval.index
+            kinds = [epoch.path.transitions[at] for epoch in epochs]
+            noisy = [kind for kind in kinds if not isinstance(kind, ODE)]
+            std, leverage = _spread(noisy[0], interval) if noisy else (0.0, 0.0)
+            trained = sum(at in self.trainer.trained_steps(epoch.path) for epoch in epochs)
+            found.append(PlannedStep(interval, std, leverage, len(noisy) / len(epochs), trained / len(epochs)))
+        return tuple(found)
+
+    def spent_rows(self, epoch: Epoch, cut: Geometry) -> Rows:
+        """See `Family`. The update takes fewer where all samples of a micro-batch have advantage 0: it is left out."""
+        trainer = self.trainer
+        trained, reference = trainer.trained_steps(epoch.path), trainer.needs_reference()
+        rolled = padded(epoch, sum(cut.shares) * cut.batch_size)
+        updated = padded(epoch, sum(cut.update_shares) * cut.batch_size)
+        needed = trainer.collection.needed
+        both, rollouts = needed(updated, trained, reference), needed(updated, (), False)
+        update = Rows(both.forward - rollouts.forward, both.gradient)
+        return needed(rolled, (), False) + update
+
+    def of_settings(self, cut: Geometry, steps: tuple[PlannedStep, ...]) -> list[Found]:
+        return [
+            findings.no_noise(steps),
+            findings.last_step(steps),
+            findings.clipping(self.trainer),
+            findings.small_groups(self.trainer),
+        ]
+
+    def of_trial(self, trial: Trial) -> list[Found]:
+        return [
+            findings.no_spread(trial.rollouts),
+            findings.no_gradient(trial.learning),
+            findings.off_policy(trial.learning),
+        ]
+
+    def roll_out(self) -> Rollouts:
+        """The micro-batches that hold the first group."""
+        trainer, reward = self.trainer, Seen(self.trainer.reward)
+        model = trainer.model
+        collection = Collection(model, reward, trainer.prompts, trainer.sampling, trainer.policy, trainer.seed)
+        epoch = collection.epoch(0)
+        per_group = trainer.sampling.group_size // epoch.members
+        before = collection.collect(epoch, 0)
+        reward.pixels.clear()
+        model.meter.take()
+        parts = [collection.collect(epoch, index) for index in range(-(-per_group // trainer.sampling.batch_size))]
+        _, rows, seconds = model.meter.take()
+        made = sum(len(part.scores) for part in parts)
+        batch = self.first_groups(parts)
+        advantages = batch.advantages.reshape(len(batch.advantages), -1).mean(1)
+        return Rollouts(
+            batch,
+            advantages,
+            batch.texts[0],
+            tuple(caption(f"advantage {float(one):+.2f}   ", batch.scores, i) for i, one in enumerate(advantages)),
+            torch.cat(reward.pixels)[: trainer.sampling.group_size].float() / 255,
+            reward.first[0],
+            same(before.scores, parts[0].scores),
+            seconds["rollout"] / rows.forward,
+            seconds["decode"] / made,
+            seconds["reward"] / made,
+        )
+
+    def first_groups(self, parts: list[Collected]) -> Batch:
+        """The epoch's whole groups among these micro-batches as a batch; scores that are not valid are left out."""
+        trainer, collection, size = self.trainer, self.trainer.collection, self.trainer.sampling.group_size
+        epoch = collection.epoch(0)
+        scores = join_scores([part.scores for part in parts])
+        groups = len(scores) // size
+        kept, rows = groups * size, groups * size // epoch.members
+        scores = scores.rows(range(kept))
+        group_ids, known = torch.arange(groups).repeat_interleave(size), scores.valid
+        advantages = torch.zeros(kept)
+        if known.any():
+            credited = trainer.credit(valid_rows(scores), group_ids[known])
+            advantages = credited.new_zeros(kept, *credited.shape[1:])
+            advantages[known] = credited
+        steps = tuple(step.rows(torch.arange(kept // step.members)) for step in join_steps_of(parts))
+        told = collection.told_rows(epoch, range(rows))
+        return Batch(
+            epoch.path, torch.arange(rows), told.text, steps, scores, group_ids, advantages, known.float(),
+            told.negatives(), (Bucket(epoch.buckets[0].size, range(rows)),), trainer.model.images(told),
+        )  # fmt: skip
+
+    def learn(self, rollouts: Rollouts) -> Learning:
+        """Gradients of the first micro-batch, twice; the second is measured, and both are discarded."""
+        trainer, batch = self.trainer, rollouts.batch
+        flat = not (batch.advantages.reshape(len(batch.weights), -1) * batch.weights[:, None]).any()
+        if flat:
+            batch = replace(batch, advantages=torch.ones_like(batch.advantages), weights=torch.ones_like(batch.weights))
+        rows = batch.rows[: trainer.sampling.batch_size]
+        update, optimizer = Update(trainer, batch, None), trainer.optimizer
+        for _ in range(2):
+            optimizer.discard()
+            watch = Watch(trainer.watched(), trainer.ratio_limit(), trainer.model.device)
+            seconds = timed(trainer.model, partial(update._accumulate, rows, watch))
+        norm = gradient_norm(trainer)
+        optimizer.discard()
+        seen, losses = watch.means(), [loss for _, _, loss in watch.every()]
+        return Learning(
+            sum(losses) / max(len(losses), 1),
+            norm,
+            seen.get("ratio_max", math.nan),
+            seen.get("clip_fraction", math.nan),
+            seconds / max(len(update.trained), 1),
+            flat,
+        )
+
+    def phases(self, cut: Geometry, trial: Trial) -> Phases:
+        trainer, made, epochs = self.trainer, trial.rollouts, looked_at(self.trainer)
+        size, turns, update_turns = trainer.sampling.batch_size, max(cut.shares), max(cut.update_shares)
+        rows = fmean(
+            trainer.collection.needed(padded(epoch, turns * size), (), False).forward for epoch in epochs
+        )  # padding included
+        trained = fmean(len(trainer.trained_steps(epoch.path)) for epoch in epochs)
+        samples = min(turns * size, cut.rows) * cut.members
+        return Phases(
+            rows * made.seconds_per_row,
+            samples * made.seconds_per_decode,
+            samples * made.seconds_per_score,
+            update_turns * trained * trial.learning.seconds_per_step,
+        )
+
+    def kept_bytes(self, cut: Geometry) -> int:
+        """Latents before and after every stochastic step and their log-probs, float32."""
+        rows, numbers = min(max(cut.shares) * cut.batch_size, cut.rows), self.trainer.collection.largest
+        samples, found = rows * cut.members, [0]
+        for epoch in looked_at(self.trainer):
+            branch = epoch.path.branch
+            before = [rows if branch is None or step <= branch else samples for step in epoch.path.stochastic]
+            found.append(sum(((one + samples) * numbers + samples) * 4 for one in before))
+        return max(found)
+
+    def learning_bytes(self, choice: Switches, passing: Passing) -> int:
+        held = passing.activations(choice.batch_size, choice.gradient_checkpointing, choice.precision)
+        return held.peak
+
+    def plan_lines(self, steps: tuple[PlannedStep, ...]) -> Lines:
+        shown: Lines = [("", "sigma                stochastic  std       leverage  trained")] if steps else []
+        for step in steps:
+            span = f"{step.interval.sigma:.4f} to {step.interval.sigma_next:.4f}"
+            if not step.stochastic:
+                shown.append((f"step {step.interval.index}", f"{span}     no"))
+                continue
+            part, trained = (share_of(value) for value in (step.stochastic, step.trained))
+            line = f"{span}     {part:<11} {step.std:<9.4g} {step.leverage:<9.3g} {trained}"
+            shown.append((f"step {step.interval.index}", line))
+        meant = "leverage: by how many stds the step's mean moves where the velocity moves by 1"
+        return [*shown, *([("", meant)] if shown else [])]
+
+    def step_lines(self, trial: Trial, cut: Geometry) -> Lines:
+        rollouts, learning = trial.rollouts, trial.learning
+        equal, groups = findings.equal_groups(rollouts)
+        whole = groups == cut.groups
+        ratio = "exactly 1, as it has to be" if learning.off == 0 else f"off 1 by {learning.off:.2g} at most"
+        credit = rollouts.advantages[rollouts.first]
+        balanced = " (a group's advantages add up to 0)" if abs(learning.loss) < 1e-6 else ""
+        measured = ", measured with advantages of 1, as all are 0" if learning.flat else balanced
+        return [
+            ("scores", spread(rollouts.scores.total[rollouts.first & rollouts.scores.valid])),
+            ("advantages", f"{float(credit.amin()):+.2f} to {float(credit.amax()):+.2f}"),
+            ("", "" if whole else f"over {groups} of {cut.groups} groups: a std over the batch will be another"),
+            ("equal scores", f"in {equal} of {groups} groups sampled"),
+            ("loss", f"{learning.loss:.4g}{measured}"),
+            ("gradient's norm", f"{learning.grad_norm:.4g}, of one micro-batch"),
+            ("first ratio", ratio if learning.off == learning.off else ""),
+        ]
+
+
+def share_of(value: float) -> str:
+    """Of the epochs."""
+    return {0.0: "no", 1.0: "yes"}.get(value, percent(value))
+
+
+def _update_calls(rows: int, updates: int, size: int) -> int:
+    """Micro-batches of so many rows in so many optimizer steps, each of which has as many rows or one more."""
+    each, more = divmod(rows, updates)
+    return more * -(-(each + 1) // size) + (updates - more) * -(-each // size)
+
+
+def _spread(transition: Transition, interval: Interval) -> tuple[float, float]:
+    mean, std = transition(torch.zeros(1, 1), torch.ones(1, 1), interval)
+    return std, abs(float(mean)) / std if std > 0 else math.inf
