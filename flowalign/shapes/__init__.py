@@ -60,9 +60,10 @@ def text_to_image() -> StableDiffusion3Pipeline:
 def few_step() -> StableDiffusion3Pipeline:
     """The base model with the LoRA of its reflow fused in: draws in one to four steps, without guidance, float32."""
     pipe = text_to_image()
-    pipe.load_lora_weights(WEIGHTS / "few-step")
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
+    name = "pytorch_lora_weights.safetensors"  # by the network: the pipeline warns that its encoders have none
+    pipe.transformer.load_lora_adapter(str(WEIGHTS / "few-step"), weight_name=name, use_safetensors=True)
+    pipe.transformer.fuse_lora()
+    pipe.transformer.unload_lora()
     return pipe
 
 
