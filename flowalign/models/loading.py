@@ -27,6 +27,11 @@ class Embedded:
 EMBEDDED = {
     "shapes": Embedded("StableDiffusion3Pipeline", "text_to_image"),
     "shapes-few-step": Embedded("StableDiffusion3Pipeline", "few_step"),
+    "shapes-video": Embedded(
+        "WanPipeline",
+        "text_to_video",
+        {"height": 32, "width": 32, "frames": 9, "fps": 8, "max_sequence_length": 20},
+    ),
 }
 NAMES = ", ".join(EMBEDDED)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flowalign.shapes.prompts import held_out_prompts, train_prompts
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline, WanPipeline
     from transformers import CLIPModel, CLIPTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -22,6 +22,7 @@ __all__ = [
     "few_step",
     "held_out_prompts",
     "text_to_image",
+    "text_to_video",
     "train_prompts",
 ]
 
@@ -64,6 +65,17 @@ def few_step() -> StableDiffusion3Pipeline:
     pipe.transformer.load_lora_adapter(str(WEIGHTS / "few-step"), weight_name=name, use_safetensors=True)
     pipe.transformer.fuse_lora()
     pipe.transformer.unload_lora()
+    return pipe
+
+
+def text_to_video() -> WanPipeline:
+    """The base model of videos: a WanPipeline for nine frames of 32 x 32, float32, trained on partly wrong captions."""
+    import torch
+    from diffusers import WanPipeline
+
+    with _without_bars():
+        pipe = WanPipeline.from_pretrained(VIDEO_WEIGHTS / "text-to-video", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -11,8 +11,8 @@
     python scripts/build_shapes export_video --out build/shapes # writes flowalign/shapes/video/weights
     python scripts/build_shapes longer --out build/shapes     # a control: the base after 20 % more steps
 
-Every stage saves its state each minute and goes on from it when started again; on two CPU cores all of them together
-take less than two hours (the weights' README has the measured times).
+Every stage saves its state each minute and goes on from it when started again; on two CPU cores the world of pictures
+and that of videos take less than three hours each (the READMEs of the weights have the measured times).
 """
 
 from __future__ import annotations

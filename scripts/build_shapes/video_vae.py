@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from flowalign.shapes.video.prompts import captioned
+from flowalign.shapes.video.render import render
+from flowalign.shapes.video.scenes import KINDS, random_spec
 
 STEPS, BATCH, LEARNING_RATE = 6_000, 12, 2e-3
-DECODER_STEPS, DECODER_LEARNING_RATE = 12_000, 1e-3
+# The decoder's phases: steps, learning rate, and whether it sees the meanings too that no caption of training has.
+DECODER_PHASES = {"video_decoder": (12_000, 1e-3, False), "video_decoder_all": (4_000, 7e-4, True)}
 EDGES = 2  # pixels about an object whose background counts as much: otherwise outlines grow round
 MISSED = 0.05  # of a latent's deviation: noise that the decoder learns with, as the base's latents are never exact
 SCENES = 20_000
@@ -43,11 +47,17 @@ def make_vae(mean: list[float] | None = None, std: list[float] | None = None) ->
     )
 
 
-def videos(count: int, seed: int, out: Path) -> Tensor:
-    """`count` rendered scenes as uint8 [n, 3, f, h, w], kept in a file for the next start."""
-    file = out / f"videos_{seed}_{count}.npy"
+def videos(count: int, seed: int, out: Path, held_out: bool = False) -> Tensor:
+    """`count` rendered scenes as uint8 [n, 3, f, h, w], kept in a file for the next start.
+
+    held_out: take scenes of all meanings, and not only of those of training.
+    """
+    file = out / f"videos_{seed}_{count}{'_all' if held_out else ''}.npy"
     if not file.exists():
-        np.save(file, captioned(count, seed).videos.transpose(0, 2, 1, 3, 4))
+        rng = np.random.default_rng(seed)
+        specs = [random_spec(rng, KINDS) for _ in range(count)] if held_out else []
+        made = render(specs, rng, max(FRAMES)) if held_out else captioned(count, seed).videos
+        np.save(file, made.transpose(0, 2, 1, 3, 4))
     return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 
@@ -85,13 +95,20 @@ def build_video_vae(out: Path) -> None:
 def build_video_decoder(out: Path) -> None:
     """The decoder for longer, alone, on the latents that it has: the base can be trained on them meanwhile."""
     torch.manual_seed(5)
-    data, vae = videos(SCENES, 31, out), AutoencoderKLWan.from_pretrained(out / "video_vae")
-    file = out / "video_decoder_latents.npy"
-    if not file.exists():
-        np.save(file, encode(vae.eval(), data).numpy())
-    latents = torch.from_numpy(np.load(file))
+    vae = AutoencoderKLWan.from_pretrained(out / "video_vae").eval()
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    for name, (steps, learning_rate, held_out) in DECODER_PHASES.items():
+        data, file = videos(SCENES, 36 if held_out else 31, out, held_out), out / f"{name}_latents.npy"
+        if not file.exists():
+            np.save(file, encode(vae, data).numpy())
+        loss = decoder_loss(vae, data, torch.from_numpy(np.load(file)), std)
+        fit(name, decoder, loss, steps, learning_rate, out)
+    vae.save_pretrained(out / "video_vae_finished")
+
+
+def decoder_loss(vae: AutoencoderKLWan, data: Tensor, latents: Tensor, std: Tensor) -> Callable[[int], Tensor]:
+    """The misfit of what the decoder makes of a batch's noised latents."""
 
     def loss_of(step: int) -> Tensor:
         rows = next(batches(len(data), BATCH, 35, step))
@@ -100,8 +117,7 @@ def build_video_decoder(out: Path) -> None:
             decoded = vae.decode(latents[rows] + MISSED * std * noise).sample.float()
         return misfit(decoded, data[rows].float() / 127.5 - 1, EDGES)
 
-    fit("video_decoder", decoder, loss_of, DECODER_STEPS, DECODER_LEARNING_RATE, out)
-    vae.save_pretrained(out / "video_vae_finished")
+    return loss_of
 
 
 @torch.no_grad()
