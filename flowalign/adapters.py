@@ -1,7 +1,7 @@
 """LoRA through peft: a policy to train, and the reference it is held to.
 
 Networks of most families take adapters by methods of diffusers' own (`PeftAdapterMixin`), and their pipelines read and
-write them (`load_lora_weights`). Of some families diffusers has neither. Their policies are peft's own folders,
+write them (`load_lora_weights`). Of some networks diffusers has not both. Their policies are peft's own folders,
 adapter_model.safetensors beside adapter_config.json, as `peft.PeftModel.from_pretrained(network, folder)` reads them.
 """
 
@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowalign.lora_files import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, adapter_settings, read_lora
 
 POLICY = "policy"
 START = "start"
+
+Reference = Literal["base", "start"]
+Use = Literal["policy", "base", "start"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class LoRA:
     alpha: int = 64
     targets: tuple[str, ...] | None = None
     start: str | None = None
-    reference: Literal["base", "start"] = "base"
+    reference: Reference = "base"
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha < 1:
@@ -104,10 +109,17 @@ def _check_targets(network: nn.Module, targets: tuple[str, ...]) -> None:
 def _load(pipeline: Any, network: nn.Module, path: str, name: str) -> None:
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist: LoRA.start is a folder or file of LoRA weights")
-    if isinstance(network, PeftAdapterMixin):
+    if _by_pipeline(pipeline, network):
         pipeline.load_lora_weights(path, adapter_name=name)
     else:
         _load_by_peft(network, path, name)
+
+
+def _by_pipeline(pipeline: Any, network: nn.Module) -> bool:
+    """Whether the pipeline itself reads and writes a network's LoRAs."""
+    names = pipeline._lora_loadable_modules if isinstance(pipeline, LoraBaseMixin) else ()
+    named = any(getattr(pipeline, name, None) is network for name in names)
+    return named and isinstance(network, PeftAdapterMixin)
 
 
 def _load_by_peft(network: nn.Module, path: str, name: str) -> None:
@@ -131,41 +143,99 @@ def policy_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def as_reference(network: nn.Module, reference: Literal["base", "start"]) -> Iterator[None]:
-    """While entered, the network runs without the policy's adapter, or with the frozen copy of its start."""
-    layers = _layers(network)
-    trained = policy_parameters(network)
-    for layer in layers:
-        if reference == "base":
-            layer.enable_adapters(False)
-        else:
-            layer.set_adapter([START])
+def as_reference(network: nn.Module, reference: Reference) -> Iterator[None]:
+    """While entered, the network runs without the policy's adapter, or with the frozen copy of its start.
+
+    None of its parameters has a gradient meanwhile, and the policy's alone have one after it.
+    """
+    before = _in_use(network)
+    _use(network, reference)
     try:
         yield
     finally:
-        for layer in layers:
-            if reference == "base":
-                layer.enable_adapters(True)
-            else:
-                layer.set_adapter([POLICY])
+        _use(network, before)
+
+
+def _in_use(network: nn.Module) -> Use:
+    """What a network, or a block of one, runs with: all its adapted layers are alike."""
+    for layer in _layers(network):
+        if layer.disable_adapters:
+            return "base"
+        return "start" if START in layer.active_adapters else "policy"
+    return "policy"
+
+
+def _use(network: nn.Module, what: Use) -> None:
+    for layer in _layers(network):
+        if what == "base":
+            layer.enable_adapters(False)
+        else:
+            layer.enable_adapters(True)
+            layer.set_adapter([START if what == "start" else POLICY], inference_mode=what == "start")
+    if what == "policy":
+        trained = policy_parameters(network)
         for name, parameter in network.named_parameters():  # peft's set_adapter flips requires_grad
             parameter.requires_grad_(name in trained)
+
+
+def as_now(network: nn.Module) -> AbstractContextManager[None]:
+    """What runs a network later as it runs now, for calls that a backward pass makes anew.
+
+    By then a reference may have been left or entered; that is changed and put back. That the policy's weights are
+    others is an error, as it is for a call that is not made anew.
+    """
+    held, versions = _in_use(network), _versions(network)
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        assert _versions(network) == versions, "the policy's weights have changed between forward and backward pass"
+        now = _in_use(network)
+        if now == held:
+            yield
+            return
+        _use(network, held)
+        try:
+            yield
+        finally:
+            _use(network, now)
+
+    return entered()
+
+
+def _versions(network: nn.Module) -> list[int]:
+    """How often each of the policy's parameters has been written to."""
+    return [parameter._version for parameter in policy_parameters(network).values()]
+
+
+def recomputed(block: Any, *arguments: Any) -> Any:
+    """A block's call with activation checkpointing, for diffusers' `enable_gradient_checkpointing`; see `as_now`.
+
+    Args:
+        block: a module, or its bound `__call__`, as some of diffusers' networks hand it over.
+    """
+    if torch.compiler.is_compiling():  # whose backward pass is traced together with the forward pass
+        return checkpoint(block, *arguments, use_reentrant=False)
+    part: nn.Module = getattr(block, "__self__", block)
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), as_now(part)))
 
 
 def save_policy(pipeline: Any, network: nn.Module, folder: Path, network_name: str = "transformer") -> None:
     """Write the adapter as diffusers' `load_lora_weights` reads it, rank and alpha in its metadata; else as peft does.
 
-    network_name: what the pipeline calls the network, "transformer" or "unet".
+    network_name: what the pipeline calls the network, "transformer", "unet" or "controlnet".
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = network.peft_config[POLICY]  # type: ignore[index]
     settings = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     weights = get_peft_model_state_dict(network, adapter_name=POLICY)
     layers = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    if isinstance(network, PeftAdapterMixin):
+    if _by_pipeline(pipeline, network):
         told = {f"{network_name}_lora_layers": layers, f"{network_name}_lora_adapter_metadata": settings}
         pipeline.save_lora_weights(str(folder), **told)  # metadata in one order: equal policies are equal files
     else:
         named = {PEFT_PREFIX + name: value for name, value in layers.items()}
+        settings["auto_mapping"] = {  # as peft itself tells what a LoRA is of
+            "base_model_class": type(network).__name__, "parent_library": type(network).__module__,
+        }  # fmt: skip
         save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))

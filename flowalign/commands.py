@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.cli import add_allow_change, add_command, check_files, read_call, say
-from flowalign.config import Call, ConfigError, arguments_of, construct, locate, override, parse, read_options
+from flowalign.config import Call, ConfigError, arguments_of, build, construct, locate, override, parse, read_options
 
 SAMPLE = """Sample pictures by the ODE, from noise that depends on the seed and the picture's number alone.
 
 TARGET is a run folder (its model with the policy it kept, its steps and guidance), a pipeline's folder or hub id, or an
-embedded model: shapes, shapes-few-step. Options set or replace arguments of the model:
+embedded model: shapes, shapes-few-step, shapes-video. Options set or replace arguments of the model:
 
   flowalign sample runs/flow_grpo_shapes --prompt "a red circle" --prompt "two blue squares"
   flowalign sample runs/flow_grpo_shapes --base --prompts prompts.txt --out before
@@ -190,10 +190,12 @@ def score(arguments: argparse.Namespace, words: list[str]) -> None:
 
 
 def read_reward(text: str, words: list[str], allow_code: bool) -> Any:
-    """A reward by its dotted path with its arguments as options, or a formula of rewards by their short names."""
+    """A reward: a dotted path with its arguments as options, {class: ...}, or a formula of rewards by short names."""
     from rewards.base import Reward, as_reward
 
     options = read_options(words)
+    if text.lstrip().startswith("{") and not options:
+        return build(as_reward, read_options(["--reward", text]), allow_code)
     if not text.replace(".", "").replace("_", "").isalnum() or "." not in text:
         if options:
             raise ConfigError(f"--{next(iter(options))}: a formula of rewards takes no options")

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from flowalign.models.base import Model
+from flowalign.models.base import Model, Sigmas
 from flowalign.records import Condition, Interval, intervals
 from flowalign.rollout import Policy
 from flowalign.schedules import Path
@@ -102,7 +102,7 @@ def reference_velocity(
 def velocity_at(
     model: Model,
     latents: Latents,
-    sigma: float,
+    sigma: float | Sigmas,
     condition: Condition,
     policy: Policy,
     recompute: bool,
@@ -111,18 +111,23 @@ def velocity_at(
     """The guided velocity, in the calls of a differentiable rollout.
 
     Args:
+        sigma: of all rows, or one for each in double precision.
         recompute: keep the latents alone, and make the call anew in the backward pass.
-        reference: whether it is the reference's, which has gradient in its latents only.
+        reference: whether it is the reference's, which has gradient in its latents only. Its calls are those of the
+            policy's velocity that it is compared with, so that rounding alone makes no difference between the two.
     """
 
     def call(given: Tensor) -> Tensor:
+        scale, both = policy.guidance_scale, policy.unconditional_grad
         with model.reference() if reference else nullcontext():
-            if policy.unconditional_grad or not torch.is_grad_enabled():
-                return model.velocity(given, sigma, condition, policy.guidance_scale)
-            return model.velocity_split(given, sigma, condition, policy.guidance_scale)
+            if isinstance(sigma, Tensor):
+                return model.velocity_rows(given, sigma, condition, scale, both)
+            if both or not (reference or torch.is_grad_enabled()):
+                return model.velocity(given, sigma, condition, scale)
+            return model.velocity_split(given, sigma, condition, scale)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return model.meter.forgotten(), nullcontext()  # what is made first keeps nothing; what is made anew does
+        return model.meter.forgotten(), model.as_now()  # what is made first keeps nothing; what is made anew does
 
     if not recompute:
         return call(latents)

@@ -27,7 +27,8 @@ from torch import Tensor
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 METADATA = "lora_adapter_metadata"  # diffusers' name of the header's entry
-NETWORKS = ("transformer", "unet")
+NETWORKS = ("transformer", "unet", "controlnet")
+CONTROLNET = "ControlNetModel"  # diffusers' class
 UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 PARTS = re.compile(r"(.+)\.(?:lora_([AB])\.weight|(alpha))$")
 
@@ -79,9 +80,9 @@ def read_lora(path: str | Path) -> LoRAFile:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
     plain = not any(name.startswith(PEFT_PREFIX) for name in tensors)
-    if not plain:
-        tensors = {_with_network(name): value for name, value in tensors.items()}
     settings = _header(file, header) if plain else _beside(file)
+    if not plain:
+        tensors = {_with_network(name, settings): value for name, value in tensors.items()}
     with file.open("rb") as stream:
         digest = file_digest(stream, "sha256").hexdigest()
     return LoRAFile(file, digest, _factors(file, tensors, settings), plain)
@@ -107,10 +108,11 @@ def find_lora(path: Path) -> Path:
     raise ValueError(f"{folder} holds no LoRA weights, no file *.safetensors{why}")
 
 
-def _with_network(name: str) -> str:
-    """peft's names do not tell the network; diffusers' UNets alone have blocks of these names."""
-    module = name.removeprefix(PEFT_PREFIX)
-    return f"{'unet' if module.startswith(UNET_BLOCKS) else 'transformer'}.{module}"
+def _with_network(name: str, settings: Mapping[str, Mapping[str, Any]] | None) -> str:
+    """peft's names do not tell the network; its settings may, and only UNets and ControlNets have blocks so named."""
+    module, told = name.removeprefix(PEFT_PREFIX), (settings or {}).get("controlnet", {}).get("auto_mapping") or {}
+    unet = "controlnet" if told.get("base_model_class") == CONTROLNET else "unet"
+    return f"{unet if module.startswith(UNET_BLOCKS) else 'transformer'}.{module}"
 
 
 def _header(file: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]] | None:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from flowalign.fitting import fitted
 from flowalign.records import Media, Prompts, Size
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -22,7 +22,7 @@ VIDEOS = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
 MOST_PIXELS = 64_000_000  # of one picture: more is a decompression bomb, or a mistake
 MOST_FRAMES = 1_000_000_000  # pixels of all frames of a video
 REFERENCES = "references"  # the key of a prompt's metadata that names the pictures its media should be like
-IMAGE = "image"  # that of the picture that a video starts from
+IMAGE = "image"  # that of the picture that a video starts from, or a ControlNet looks at
 REAL = "media"  # that of a real picture or video of the prompt
 KEPT = 256  # sets of references that are kept in memory
 
@@ -109,41 +109,36 @@ def load_references(files: tuple[str, ...]) -> Float[Tensor, "k 3 h w"]:
 
 
 def real_media(prompts: Prompts, size: Size) -> Float[Tensor, "b *frames 3 h w"]:
-    """The real pictures or videos that prompts name as "media", at a size: as much as it shows of each middle.
+    """The real pictures or videos that prompts name as "media"; see `named_media`."""
+    return named_media(prompts, REAL, "real media", size)
+
+
+def named_media(prompts: Prompts, key: str, what: str, size: Size) -> Float[Tensor, "b *frames 3 h w"]:
+    """The pictures or videos that prompts name, at a size, `fitted` to it: the middle of each.
 
     Of a longer video as many frames as the size has, evenly spread.
+
+    Args:
+        key: of the prompts' records. what: it is called where it is missing.
 
     Raises: ValueError for a prompt that names none, for a picture where a video is meant or the reverse, and for a
     video of fewer frames.
     """
-    return torch.stack([_real(text, row, size) for text, row in zip(prompts.text, prompts.metadata, strict=True)])
+    told = zip(prompts.text, prompts.metadata, strict=True)
+    return torch.stack([_at_size(_name(text, row, key, what), size) for text, row in told])
 
 
-def _real(text: str, row: Mapping[str, Any], size: Size) -> Float[Tensor, "*frames 3 h w"]:
-    name = row.get(REAL)
+def _name(text: str, row: Mapping[str, Any], key: str, what: str) -> str:
+    name = row.get(key)
     if not isinstance(name, str):
-        raise ValueError(f'prompt {text!r} names no real media: give its record the key "{REAL}", a file')
-    return _fitted(name, size)
+        raise ValueError(f'prompt {text!r} names no {what}: give its record the key "{key}", a file')
+    return name
 
 
 @lru_cache(maxsize=KEPT)
-def _fitted(name: str, size: Size) -> Float[Tensor, "*frames 3 h w"]:
-    assert size.height is not None
-    assert size.width is not None
+def _at_size(name: str, size: Size) -> Float[Tensor, "*frames 3 h w"]:
     pixels, _ = load(Path(name))
-    if (pixels.ndim == 4) != (size.frames is not None):
-        raise ValueError(f"{name} is a {'video' if pixels.ndim == 4 else 'picture'}, which is not what the model makes")
-    if size.frames is not None and len(pixels) < size.frames:
-        raise ValueError(f"{name} has {len(pixels)} frames, and the model makes {size.frames}")
-    if size.frames is not None:
-        pixels = pixels[torch.linspace(0, len(pixels) - 1, size.frames).round().long()]
-    whole = pixels if pixels.ndim == 4 else pixels[None]
-    factor = max(size.height / whole.shape[2], size.width / whole.shape[3])
-    grown = [
-        max(round(length * factor), least)
-        for length, least in zip(whole.shape[2:], (size.height, size.width), strict=True)
-    ]
-    resized = interpolate(whole, size=grown, mode="bilinear", antialias=True).clamp(0, 1)
-    top, left = (grown[0] - size.height) // 2, (grown[1] - size.width) // 2
-    fitted = resized[:, :, top : top + size.height, left : left + size.width]
-    return fitted if pixels.ndim == 4 else fitted[0]
+    try:
+        return fitted(pixels, size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

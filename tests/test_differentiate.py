@@ -18,6 +18,7 @@ from flowalign.records import Condition
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import LastSteps, LateStep, flow_match_euler, linear
 from flowalign.transitions import DDIM, exact_kl, velocity_mse_kl
+from tests.families import CASES
 from tests.tiny import randomise_policy, tiny_sd3
 from trainers.draft import path_kl
 from trainers.path_steps import Scored
@@ -205,6 +206,30 @@ def tiny_drawn(model: SD3, steps: int, count: int, recompute: bool, both: bool =
     start = key_noise(0, "test", shape=(2, *model.latent_shape))
     policy = Policy(scale, unconditional_grad=both)
     return differentiable_rollout(model, told, start, linear(steps), path, policy, None, recompute).latents
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_reference_is_guided_as_the_policy_is(both):
+    """A policy at its start is the reference, to the last bit."""
+    model, start = SD3(tiny_sd3(), max_sequence_length=0), key_noise(0, "test", shape=(2, 4, 4, 4))
+    path, told = LastSteps(2).resolve(3, 0, 0), model.encode(["a red circle", "a star"])
+    policy = Policy(3.0, unconditional_grad=both)
+    made = differentiable_rollout(model, told, start, linear(3), path, policy)
+    for visit in made.visits:
+        assert torch.equal(reference_velocity(model, visit, told, policy), visit.velocity)
+        assert not torch.equal(reference_velocity(model, visit, told), visit.velocity)
+
+
+@pytest.mark.parametrize("name", ["sd1.5 ddim", "sdxl"])
+def test_it_ends_where_the_plain_rollout_does(name):
+    """Of a model on a table of alphas, whose last sigma is not 0."""
+    case = next(case for case in CASES if case.name == name)
+    model = case.adapt(case.make(), **case.options)  # type: ignore[arg-type]
+    told, sigmas = model.encode(["a red circle", "a star"]), model.sigmas(4)
+    start, path = model.start(key_noise(0, "test", shape=(2, *model.latent_shape)), sigmas[0]), LastSteps(2)
+    made = differentiable_rollout(model, told, start, sigmas, path.resolve(4, 0, 0))
+    plain = rollout(model, told, key_noise(0, "test", shape=(2, *model.latent_shape)), sigmas, path.resolve(4, 0, 0))
+    torch.testing.assert_close(made.latents.detach(), plain.latents, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("both", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -176,4 +177,4 @@ def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         PixArt(tiny_pixart(), clean_caption=True, **SIZE)
     model = PixArt(tiny_pixart(scheduler=pixart_ddim()), **SIZE)
     with pytest.raises(ValueError, match="lacks the prompts' masks"):
-        model._predict(noise(model), 0.5, model.encode(PROMPTS).prompt_embeds, None, None, 1.0)
+        model.network(noise(model), 0.5, replace(model.encode(PROMPTS), prompt_mask=None))

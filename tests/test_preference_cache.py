@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign.fitting import centre_crop, stretch
 from flowalign.models import SD3, PipelineModel, Wan
 from flowalign.pictures import to_images
 from flowalign.preferences import Preferences, open_pair
-from flowalign.preferences.fitting import centre_crop, stretch
 from flowalign.preferences.latents import PairLatents, encoder_fingerprint
 from flowalign.randomness import key_generator
 from flowalign.videos import mp4

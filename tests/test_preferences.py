@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from flowalign.config import ConfigError, build
+from flowalign.fitting import centre_crop, fitted, stretch
 from flowalign.preferences import (
     HubPreferences,
     Medium,
@@ -30,7 +31,6 @@ from flowalign.preferences import (
     pairs_of,
     readable,
 )
-from flowalign.preferences.fitting import centre_crop, fitted, stretch
 from flowalign.records import Size
 from flowalign.videos import mp4
 

@@ -198,6 +198,29 @@ def test_saved_policy_loads_in_plain_diffusers_and_goes_on(reference, tmp_path: 
     assert not any(p.requires_grad for n, p in onward.module.named_parameters() if n not in onward.trainable())
 
 
+def test_a_frozen_start_gathers_no_gradient(tmp_path: FilePath) -> None:
+    first = SD3(tiny_sd3(), max_sequence_length=12)
+    randomise_policy(first)
+    first.save(tmp_path)
+    model = SD3(tiny_sd3(), lora=LoRA(start=str(tmp_path), reference="start"), max_sequence_length=12)
+    frozen = {name: p for name, p in model.module.named_parameters() if ".start." in name}
+    assert frozen.keys() & model.trainable().keys() == set()
+    assert len(frozen) == len(model.trainable())
+    randomise_policy(model)
+    condition, latents = model.encode(PROMPTS), noise(model, 2)
+    loss = torch.zeros(())
+    for sigma in (0.9, 0.5):  # the second step's latents depend on the policy, and so does the reference's velocity
+        velocity = model.network(latents, sigma, condition)
+        with model.reference():
+            assert not any(p.requires_grad for p in model.module.parameters())
+            away = velocity - model.network(latents, sigma, condition)
+        assert {name for name, p in model.module.named_parameters() if p.requires_grad} == model.trainable().keys()
+        loss, latents = loss + away.square().mean(), latents - 0.4 * velocity
+    loss.backward()
+    assert all(p.grad is None for p in frozen.values())
+    assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in model.trainable().values()) > len(frozen) // 2
+
+
 def test_bad_arguments_name_themselves() -> None:
     with pytest.raises(ValueError, match=r"'attn\.nope' names no module of SD3Transformer2DModel"):
         SD3(tiny_sd3(), lora=LoRA(targets=("attn.nope",)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flowalign.models.base import Model
+from flowalign.models.controlnet import ControlledUNet, ControlNet
 from flowalign.models.flux import Flux
 from flowalign.models.loading import pipeline_class, settings_of
 from flowalign.models.pipeline import PipelineModel
@@ -19,6 +20,7 @@ FAMILIES: tuple[type[PipelineModel], ...] = (
     SD3,
     StableDiffusion,
     StableDiffusionXL,
+    ControlNet,
     Flux,
     QwenImage,
     ZImage,
@@ -29,6 +31,8 @@ FAMILIES: tuple[type[PipelineModel], ...] = (
 
 __all__ = [
     "SD3",
+    "ControlNet",
+    "ControlledUNet",
     "Flux",
     "Model",
     "PipelineModel",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowalign.models.alpha_table import alpha_table, grid, norm, starts_scaled
-from flowalign.models.base import Latents
+from flowalign.models.base import Latents, Sigma, Sigmas
 from flowalign.models.pipeline import PipelineModel
 
 FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
@@ -33,18 +34,35 @@ class AlphaModel(PipelineModel):
         self.table, self.config = alpha_table(self.pipeline.scheduler), self.pipeline.scheduler.config
         self.consistent = type(self.pipeline.scheduler).__name__ == "LCMScheduler"
 
+    @property
+    def denoiser(self) -> Any:
+        """The network that predicts; the policy need not be on it."""
+        return self.module
+
     def default_size(self) -> int:
-        network: Any = self.module
-        size = network.config.sample_size
+        size = self.denoiser.config.sample_size
         return int((size if isinstance(size, int) else size[0]) * self.pipeline.vae_scale_factor)
 
     def latents_of(self, height: int, width: int) -> tuple[int, ...]:
-        network: Any = self.module
         factor = self.pipeline.vae_scale_factor
-        return network.config.in_channels, height // factor, width // factor
+        return self.denoiser.config.in_channels, height // factor, width // factor
 
     def sigmas(self, steps: int) -> list[float]:
         return grid(self.pipeline.scheduler, self.table, steps)
+
+    def train_sigmas(self) -> list[float]:
+        return [float(sigma) for sigma in self.table.sigmas[::-1]]
+
+    def training_weights(self, sigmas: Sigmas) -> Sigmas:
+        """(1 - sigma)^2 of an eps model, sigma^2 of one of x_0, and of a v model their sum: errors of what it predicts.
+
+        With an eps that is off by d, x_0 is off by -(s / alpha) d, and so the velocity by d / (1 - sigma).
+        """
+        if self.config.prediction_type == "epsilon":
+            return (1 - sigmas).square()
+        if self.config.prediction_type == "v_prediction":
+            return (1 - sigmas).square() + sigmas.square()
+        return sigmas.square()
 
     def start(self, noise: Latents, sigma: float) -> Latents:
         return noise * (sigma if starts_scaled(self.pipeline.scheduler) else norm(sigma))
@@ -63,12 +81,12 @@ class AlphaModel(PipelineModel):
             "takes more steps for the same detail"
         )
 
-    def velocity_of(self, made: Tensor, latents: Latents, sigma: float) -> Latents:
+    def velocity_of(self, made: Tensor, latents: Latents, sigma: Sigma) -> Latents:
         """eps - x_0, from what the network predicted in float32 at the timestep of a sigma and x = latents / norm."""
         x, time = latents / norm(sigma), self.table.timestep(sigma)
         alpha, s = (1 - sigma) / norm(sigma), sigma / norm(sigma)
         if self.config.prediction_type == "epsilon":
-            if alpha == 0:
+            if torch.as_tensor(alpha == 0).any():
                 raise ValueError("an eps model says nothing at alpha = 0, where its latents are pure noise")
             denoised, noise = (x - s * made) / alpha, made
         elif self.config.prediction_type == "v_prediction":

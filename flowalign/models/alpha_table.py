@@ -15,14 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
+from torch import Tensor
+
+from flowalign.models.base import Sigma
 
 EULER = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 LARGEST = 2.0**12  # s / alpha where alpha is 0, as diffusers' EulerDiscreteScheduler has it
 
 
-def norm(sigma: float) -> float:
+def norm(sigma: Sigma) -> Sigma:
     """1 / (alpha + s): a model's latent times this is the flow's."""
+    if isinstance(sigma, Tensor):
+        return torch.hypot(1 - sigma, sigma)
     return math.hypot(1 - sigma, sigma)
 
 
@@ -32,11 +38,13 @@ class AlphaTable:
 
     sigmas: np.ndarray
 
-    def timestep(self, sigma: float) -> float:
+    def timestep(self, sigma: Sigma) -> Sigma:
         """Where in the table a sigma lies; between two of its sigmas by the logarithm of s / alpha.
 
         A whole number where the sigma is one of the table's, also after rounding to single precision.
         """
+        if isinstance(sigma, Tensor):
+            return torch.tensor([self.timestep(float(one)) for one in sigma.flatten()]).to(sigma).view_as(sigma)
         position = float(np.interp(_log_ratio(sigma), _log_ratio(self.sigmas), np.arange(len(self.sigmas)))[0])
         return round(position) if abs(position - round(position)) < 1e-3 else position
 

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from flowalign.accounting import Meter
 from flowalign.records import Condition, Prompts, Size
+from flowalign.schedules import linear
 
 Latents = Float[Tensor, "b *d"]
+Sigma = float | Float[Tensor, "b *ones"]  # one for all rows, or one for each as a column beside the latents
+Sigmas = Float[Tensor, " b"]
 
 
 class Model(ABC):
@@ -67,17 +70,29 @@ class Model(ABC):
 
     @abstractmethod
     def network(
-        self,
-        latents: Latents,
-        sigma: float,
-        condition: Condition,
-        negative: bool = False,
-        guidance_scale: float = 1.0,
+        self, latents: Latents, sigma: float, condition: Condition, negative: bool = False, guidance_scale: float = 1.0
     ) -> Latents:
         """One call of the network as a velocity in float32, told the prompt or, if `negative`, the negative prompt.
 
         guidance_scale: for a network that is told it, and then guided by one call; others do not look at it.
         """
+
+    def network_rows(
+        self, latents: Latents, sigmas: Sigmas, condition: Condition, negative: bool, guidance_scale: float
+    ) -> Latents:
+        """`network` of rows that each have a sigma of their own; here one call for each distinct one.
+
+        Args:
+            sigmas: in double precision, so that a grid's own values are found again.
+        """
+        made, places = list[Tensor](), list[Tensor]()
+        for sigma in sigmas.unique():
+            at = (sigmas == sigma).nonzero().flatten()
+            rows = latents[at.to(latents.device)]
+            made.append(self.network(rows, float(sigma), condition.rows(at), negative, guidance_scale))
+            places.append(at)
+        whole: Tensor = torch.cat(made)[torch.cat(places).argsort().to(latents.device)]
+        return whole
 
     @abstractmethod
     def network_doubled(self, latents: Latents, sigma: float, condition: Condition) -> tuple[Latents, Latents]:
@@ -102,6 +117,13 @@ class Model(ABC):
     def reference(self) -> AbstractContextManager[None]:
         """While entered, the network is the reference: the policy's adapter off, or a frozen copy of its start."""
 
+    def as_now(self) -> AbstractContextManager[None]:
+        """What runs the network later as it runs now, policy or reference, for calls that a backward pass makes anew.
+
+        By default nothing; of a model whose `reference` does something, that.
+        """
+        return nullcontext()
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the policy's weights in the layout that the plain pipeline loads."""
@@ -118,6 +140,14 @@ class Model(ABC):
     def sized(self, size: Size) -> AbstractContextManager[None]:
         """While entered, `media_size(size)` is the model's own: of media, `latent_shape`, `sigmas` and all calls."""
         return nullcontext()
+
+    def train_sigmas(self) -> list[float]:
+        """The sigmas that the network has been trained on, falling, without 0: evenly spaced in its own time."""
+        return linear(1000)[:-1]
+
+    def training_weights(self, sigmas: Sigmas) -> Sigmas:
+        """What a velocity's squared error is multiplied by, to be the loss that the network was trained with; 1."""
+        return torch.ones_like(sigmas)
 
     def start(self, noise: Latents, sigma: float) -> Latents:
         """Latents at the grid's first sigma from unit noise, as the pipeline itself starts there."""
@@ -167,3 +197,23 @@ class Model(ABC):
             self.meter.network(len(latents))
             unconditional = self.network(latents, sigma, condition, True, guidance_scale)
         return self.combine(conditional, unconditional, guidance_scale)
+
+    def velocity_rows(
+        self,
+        latents: Latents,
+        sigmas: Sigmas,
+        condition: Condition,
+        guidance_scale: float = 1.0,
+        unconditional_grad: bool = False,
+    ) -> Latents:
+        """`velocity_split` of rows that each have a sigma of their own, as where clean latents are noised anew."""
+        self.meter.network(len(latents))
+        conditional = self.network_rows(latents, sigmas, condition, False, guidance_scale)
+        guided = torch.tensor([self.calls(guidance_scale, float(sigma)) > 1 for sigma in sigmas])
+        if not guided.any():
+            return conditional
+        with torch.set_grad_enabled(unconditional_grad and torch.is_grad_enabled()):
+            self.meter.network(len(latents))
+            unconditional = self.network_rows(latents, sigmas, condition, True, guidance_scale)
+        chosen = guided.to(conditional.device).view(-1, *(1,) * (conditional.ndim - 1))
+        return self.combine(conditional, unconditional, guidance_scale).where(chosen, conditional)

@@ -1,10 +1,12 @@
-"""Prompts' embeddings: each distinct text is encoded once and kept on the host."""
+"""Prompts' embeddings: each distinct text is encoded once and kept on the host; and what a call is told of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowalign.records import Condition
@@ -70,14 +72,50 @@ def stacked(rows: Sequence[Embedding], device: torch.device) -> list[Tensor | No
     return kinds
 
 
-def embeddings_of(condition: Condition, negative: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What a call of the network is told: the prompt's embeddings, or the negative prompt's.
+@dataclass(frozen=True)
+class Told:
+    """What one call of the network is told, row by row: a prompt, or a negative prompt, as a `Condition` holds it.
+
+    Args:
+        embeds: of its tokens.
+        pooled: one embedding of all of it, where a family's encoders give one.
+        mask: true where `embeds` are a token's, false where they are padding; None where the network attends to all.
+        image_embeds: of a picture that stands beside the prompt.
+        control: the picture that a ControlNet looks at.
+    """
+
+    embeds: Float[Tensor, "b n d"]
+    pooled: Float[Tensor, "b p"] | None = None
+    mask: Bool[Tensor, "b n"] | None = None
+    image_embeds: Float[Tensor, "b m e"] | None = None
+    control: Float[Tensor, "b 3 h w"] | None = None
+
+    @property
+    def besides(self) -> tuple[Tensor | None, ...]:
+        """What there is besides `embeds`, in the order of the fields."""
+        return self.pooled, self.mask, self.image_embeds, self.control
+
+    def to(self, device: torch.device) -> Told:
+        """The same on another device."""
+        return Told(self.embeds.to(device), *(None if one is None else one.to(device) for one in self.besides))
+
+    def and_then(self, other: Told) -> Told:
+        """These rows, then the other's; of each field that both have."""
+        pairs = zip(self.besides, other.besides, strict=True)
+        besides = (None if one is None or after is None else torch.cat([one, after]) for one, after in pairs)
+        return Told(torch.cat([self.embeds, other.embeds]), *besides)
+
+
+def embeddings_of(condition: Condition, negative: bool) -> Told:
+    """What a call of the network is told: the prompt's embeddings, or the negative prompt's; either with its pictures.
 
     Raises: ValueError where there is no negative prompt.
     """
+    pictures = condition.image_embeds, condition.control
     if not negative:
-        return condition.prompt_embeds, condition.pooled_prompt_embeds, condition.prompt_mask
+        embeds, pooled, mask = condition.prompt_embeds, condition.pooled_prompt_embeds, condition.prompt_mask
+        return Told(embeds, pooled, mask, *pictures)
     if condition.negative_prompt_embeds is None:
         raise ValueError("this condition has no negative prompt; encode it with the model that is guided")
     embeds, pooled = condition.negative_prompt_embeds, condition.negative_pooled_prompt_embeds
-    return embeds, pooled, condition.negative_prompt_mask
+    return Told(embeds, pooled, condition.negative_prompt_mask, *pictures)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowalign.models.base import Latents
+from flowalign.models.base import Latents, Sigma
+from flowalign.models.encoding import Told
 from flowalign.models.patches import PatchModel
 from flowalign.models.pipeline import timesteps
 
@@ -49,16 +50,8 @@ class Flux(PatchModel):
     def calls(self, guidance_scale: float, sigma: float) -> int:
         return 1
 
-    def predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Latents:
-        if pooled is None:
+    def predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Latents:
+        if told.pooled is None:
             raise ValueError("this condition was not encoded by a FLUX model: it lacks CLIP's embedding")
         batch, _, rows, columns = latents.shape
         places = self.pipeline._prepare_latent_image_ids(batch, rows // 2, columns // 2, self.device, torch.float32)
@@ -66,9 +59,9 @@ class Flux(PatchModel):
             hidden_states=self.pack(latents).to(self.dtype),
             timestep=timesteps(latents, sigma),
             guidance=timesteps(latents, guidance_scale) if self.embeds_guidance else None,
-            encoder_hidden_states=embeds.to(self.dtype),
-            pooled_projections=pooled.to(self.dtype),
-            txt_ids=torch.zeros(embeds.shape[1], 3, device=self.device),
+            encoder_hidden_states=told.embeds.to(self.dtype),
+            pooled_projections=told.pooled.to(self.dtype),
+            txt_ids=torch.zeros(told.embeds.shape[1], 3, device=self.device),
             img_ids=places,
             return_dict=False,
         )[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -49,6 +49,10 @@ class GaussianModel(Model):
             raise ValueError(f"this model's grid has {len(self.grid) - 1} steps, not {steps}")
         return list(self.grid)
 
+    def train_sigmas(self) -> list[float]:
+        """Those at which the policy can act."""
+        return self.grid[:-1]
+
     def network(
         self,
         latents: Float[Tensor, b * d],
@@ -76,13 +80,19 @@ class GaussianModel(Model):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {"gain": self.gain, "bias": self.bias}
 
+    def reference(self) -> AbstractContextManager[None]:
+        return self._with(False)
+
+    def as_now(self) -> AbstractContextManager[None]:
+        return self._with(self._adapted)
+
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        self._adapted = False
+    def _with(self, adapted: bool) -> Iterator[None]:
+        before, self._adapted = self._adapted, adapted
         try:
             yield
         finally:
-            self._adapted = True
+            self._adapted = before
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

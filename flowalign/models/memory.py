@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,33 +99,38 @@ class Memory:
         return any(self._casts().values())
 
 
-def load_dtypes(network: str, precision: torch.dtype | None, decode: torch.dtype | None) -> dict[str, torch.dtype]:
-    """What each component's weights are read as: network and text encoders as the calls take them, all else float32.
+def load_dtypes(
+    networks: Sequence[str], precision: torch.dtype | None, decode: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """What each component's weights are read as: networks and text encoders as the calls take them, all else float32.
 
     Args:
-        network: the component's name. precision: of the network's calls, None for float32. decode: of the VAE's.
+        networks: names of components. precision: of the networks' calls, None for float32. decode: of the VAE's.
     """
-    names = (network, "text_encoder", "text_encoder_2", "text_encoder_3")
+    names = (*networks, "text_encoder", "text_encoder_2", "text_encoder_3")
     chosen = {} if precision is None else dict.fromkeys(names, precision)
     return {"default": torch.float32, **chosen, "vae": decode or torch.float32}
 
 
-def place(pipeline: Any, network: nn.Module, memory: Memory, dtype: torch.dtype | None, device: torch.device) -> None:
+def place(
+    pipeline: Any, networks: Sequence[str], memory: Memory, dtype: torch.dtype | None, device: torch.device
+) -> None:
     """Freeze, cast, quantise and move a pipeline's components; to be called before the policy is added.
 
-    dtype: of the network, None for as it is.
+    Args:
+        networks: names of the components that predict. dtype: of these, None for as they are.
     """
     for name, part in pipeline.components.items():
         if not isinstance(part, nn.Module):
             continue
         part.requires_grad_(False).eval()
-        encoder = name.startswith("text_encoder")
-        if part is network and dtype is not None:
-            nn.Module.to(network, dtype)  # diffusers' own `to` warns that nothing is kept float32
-        kind = memory.quantize if part is network else memory.quantize_encoders if encoder else "no"
+        encoder, network = name.startswith("text_encoder"), name in networks
+        if network and dtype is not None:
+            nn.Module.to(part, dtype)  # diffusers' own `to` warns that nothing is kept float32
+        kind = memory.quantize if network else memory.quantize_encoders if encoder else "no"
         if kind != "no":
             quantize(part, kind, device)
-        waits = (part is network and memory.offload == "group") or (encoder and memory.offload != "no")
+        waits = (network and memory.offload == "group") or (encoder and memory.offload != "no")
         nn.Module.to(part, torch.device("cpu") if waits else device)
     if memory.vae_slicing:
         pipeline.vae.enable_slicing()

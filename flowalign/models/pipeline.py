@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,24 +14,26 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flowalign.adapters import LoRA, add_policy, as_reference, policy_parameters, save_policy
-from flowalign.models.base import Latents, Model
-from flowalign.models.encoding import Embedding, Encoded, embeddings_of, stacked
+from flowalign.adapters import LoRA, add_policy, as_now, as_reference, policy_parameters, recomputed, save_policy
+from flowalign.models.base import Latents, Sigma, Sigmas
+from flowalign.models.encoding import Embedding, Encoded, Told, embeddings_of, stacked
 from flowalign.models.loading import load_pipeline
 from flowalign.models.memory import Memory, encoders_on, finish, load_dtypes, place
-from flowalign.records import Condition, Size
+from flowalign.models.sized import SizedModel
+from flowalign.records import Condition
+from flowalign.schedules import linear
 
 Precision = Literal["no", "fp16", "bf16"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class PipelineModel(Model):
+class PipelineModel(SizedModel):
     """A diffusers pipeline with a LoRA policy on its network.
 
     A family says which pipelines it takes, and how they encode, call the network, and decode.
 
     Args:
-        pipeline: the pipeline, a folder or hub id of one, or an embedded one: shapes, shapes-few-step.
+        pipeline: the pipeline, a folder or hub id of one, or an embedded one: shapes, shapes-few-step, shapes-video.
         lora: the policy.
         height, width: of the pictures, in pixels; None for the pipeline's default.
         max_sequence_length: of a prompt in tokens, where the family can choose; None for the pipeline's default.
@@ -55,9 +57,9 @@ class PipelineModel(Model):
 
     pipelines: ClassVar[tuple[str, ...]]  # names of diffusers' classes
     network_name: ClassVar[str] = "transformer"
+    beside_names: ClassVar[tuple[str, ...]] = ()  # of the pipeline's other networks that a call goes through
     targets: ClassVar[tuple[str, ...]]  # the LoRA's by default, suffixes of module names
     tokens: ClassVar[int] = 0  # of a prompt, where max_sequence_length does not say
-    frames: int | None = None  # of a video
 
     def __init__(
         self,
@@ -78,29 +80,33 @@ class PipelineModel(Model):
         memory: Memory = Memory(),
     ) -> None:
         self._autocast, self._decode_autocast = DTYPES.get(mixed_precision), DTYPES.get(decode_precision)
-        dtypes = load_dtypes(self.network_name, self._autocast, self._decode_autocast)
+        names = (self.network_name, *self.beside_names)
+        dtypes = load_dtypes(names, self._autocast, self._decode_autocast)
         self.pipeline: Any = load_pipeline(pipeline, self.pipelines, dtypes)
         self.device = torch.device(device) if device else _device_of(self.pipeline)
         memory.check(gradient_checkpointing, compile, self.device)
         self.memory, network = memory, self.module
         self.dtype: torch.dtype = self._autocast or network.dtype  # type: ignore[assignment]  # some parts stay float32
         # autocast would cast frozen weights anew at every call
-        place(self.pipeline, network, memory, self._autocast, self.device)
+        place(self.pipeline, names, memory, self._autocast, self.device)
         self.steps_device = torch.device("cpu") if memory.trajectory_on_cpu else None
         self.scale_loss = mixed_precision == "fp16"
         self.lora = lora
         add_policy(self.pipeline, network, lora, self.targets)
-        finish(network, memory, self.dtype, self.device)
-        if gradient_checkpointing:
-            network.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.call: Any = torch.compile(network) if compile else network
+        parts = {name: getattr(self.pipeline, name) for name in names}
+        for part in parts.values():
+            finish(part, memory, self.dtype, self.device)
+            if gradient_checkpointing:
+                part.enable_gradient_checkpointing(recomputed)
+        calls = {name: torch.compile(part) if compile else part for name, part in parts.items()}
+        self.call: Any = calls.pop(self.network_name)
+        self.beside: dict[str, Any] = calls
         self.max_sequence_length = self.tokens if max_sequence_length is None else max_sequence_length
         self.negative_prompt, self.grid = negative_prompt, grid
         self.embeddings_limit = embeddings_gb * 1e9
         self.encoded = Encoded(self._encode, prompts_per_call, self.embeddings_limit)
         self.prepare()
-        self.height, self.width = self._sized("height", height), self._sized("width", width)
-        self.latent_shape = self.latents_of(self.height, self.width)
+        self.set_size(height, width)
 
     @property
     def module(self) -> nn.Module:
@@ -109,24 +115,6 @@ class PipelineModel(Model):
 
     def prepare(self) -> None:
         """What a family has to find out or refuse before anything is sized; nothing."""
-
-    def _sized(self, name: str, asked: int | None) -> int:
-        size, unit = asked or self.default_size(), self.size_unit()
-        if size % unit:
-            raise ValueError(f"{name} must be a multiple of {unit}, got {size}")
-        return size
-
-    @abstractmethod
-    def default_size(self) -> int:
-        """Height and width in pixels where none are asked for."""
-
-    @abstractmethod
-    def size_unit(self) -> int:
-        """Height and width must be multiples of this, in pixels."""
-
-    @abstractmethod
-    def latents_of(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of one sample's latents, for media of that size in pixels."""
 
     @abstractmethod
     def encode_texts(self, texts: list[str]) -> tuple[Tensor | None, ...]:
@@ -141,40 +129,19 @@ class PipelineModel(Model):
         return self.max_sequence_length or int(tokenizer.model_max_length), tokenizer
 
     @abstractmethod
-    def predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Latents:
+    def predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Latents:
         """One call of the network as a velocity; latents are float32, all on the device.
 
-        guidance_scale: for networks that are told it; others are guided from outside.
+        Args:
+            latents: as `seen` gives them.
+            sigma: of all rows, or a column with one for each; `timesteps` takes either.
+            told: what `encode_texts` gave for each row's prompt, or negative prompt.
+            guidance_scale: for networks that are told it; others are guided from outside.
         """
 
-    def check_frames(self, frames: int) -> None:
-        """Raises: ValueError for a number of frames that the model cannot make."""
-        raise ValueError(f"frames is for videos, and {type(self).__name__} makes pictures")
-
-    def media_size(self, asked: Size) -> Size:
-        if asked.frames is not None:
-            self.check_frames(asked.frames)
-        height, width = asked.height or self.height, asked.width or self.width
-        return Size(self._sized("height", height), self._sized("width", width), asked.frames or self.frames)
-
-    @contextmanager
-    def sized(self, size: Size) -> Iterator[None]:
-        held = self.height, self.width, self.frames, self.latent_shape
-        whole = self.media_size(size)
-        self.height, self.width, self.frames = whole.height or 0, whole.width or 0, whole.frames
-        self.latent_shape = self.latents_of(self.height, self.width)
-        try:
-            yield
-        finally:
-            self.height, self.width, self.frames, self.latent_shape = held
+    def seen(self, latents: Latents, condition: Condition) -> Tensor:
+        """What the network sees of latents: themselves, or more where a condition stands beside them."""
+        return latents
 
     def encode(self, prompts: Sequence[str], negatives: Sequence[str | None] | None = None) -> Condition:
         """See `Model.encode`. Raises ValueError for a new prompt after `free_encoders`."""
@@ -212,6 +179,13 @@ class PipelineModel(Model):
             scheduler.set_timesteps(sigmas=self.grid(steps)[:-1], mu=shift)
         return [float(sigma) for sigma in scheduler.sigmas]
 
+    def train_sigmas(self) -> list[float]:
+        """See `Model.train_sigmas`: the scheduler's table of training, shifted once, or as the resolution shifts it."""
+        scheduler = self.flow_scheduler()
+        points = linear(scheduler.config.num_train_timesteps)[:-1]
+        scheduler.set_timesteps(sigmas=points, mu=self.resolution_shift())
+        return [float(sigma) for sigma in scheduler.sigmas[:-1]]
+
     def flow_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The first-order scheduler whose sigmas a rollout takes: the pipeline's own, or its like."""
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
@@ -235,38 +209,26 @@ class PipelineModel(Model):
         )
 
     def network(
-        self,
-        latents: Latents,
-        sigma: float,
-        condition: Condition,
-        negative: bool = False,
-        guidance_scale: float = 1.0,
+        self, latents: Latents, sigma: Sigma, condition: Condition, negative: bool = False, guidance_scale: float = 1.0
     ) -> Latents:
-        return self._predict(latents, sigma, *embeddings_of(condition, negative), guidance_scale)
+        return self._predict(self.seen(latents, condition), sigma, embeddings_of(condition, negative), guidance_scale)
+
+    def network_rows(
+        self, latents: Latents, sigmas: Sigmas, condition: Condition, negative: bool, guidance_scale: float
+    ) -> Latents:
+        column = sigmas.to(self.device, torch.float32).view(-1, *(1,) * (latents.ndim - 1))
+        return self.network(latents, column, condition, negative, guidance_scale)
 
     def network_doubled(self, latents: Latents, sigma: float, condition: Condition) -> tuple[Latents, Latents]:
-        (negative, *others), (positive, *kinds) = embeddings_of(condition, True), embeddings_of(condition, False)
-        pooled, mask = (
-            None if one is None or other is None else torch.cat([one, other])
-            for one, other in zip(others, kinds, strict=True)
-        )
-        told = torch.cat([negative, positive]), pooled, mask
-        unconditional, conditional = self._predict(torch.cat([latents, latents]), sigma, *told, 1.0).chunk(2)
+        seen = self.seen(latents, condition)
+        told = embeddings_of(condition, True).and_then(embeddings_of(condition, False))
+        unconditional, conditional = self._predict(torch.cat([seen, seen]), sigma, told, 1.0).chunk(2)
         return conditional, unconditional
 
-    def _predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Tensor:
-        pooled, mask = (None if one is None else one.to(self.device) for one in (pooled, mask))
-        latents, embeds = latents.to(self.device), embeds.to(self.device)
+    def _predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Tensor:
+        latents, told = latents.to(self.device), told.to(self.device)
         with _autocast(self.device, self._autocast):
-            return self.predict(latents, sigma, embeds, pooled, mask, guidance_scale).float()
+            return self.predict(latents, sigma, told, guidance_scale).float()
 
     def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
         own = None if self._decode_autocast else self.pipeline.vae.dtype  # autocast wants float32, scaled as such
@@ -299,12 +261,17 @@ class PipelineModel(Model):
     def reference(self) -> AbstractContextManager[None]:
         return as_reference(self.module, self.lora.reference if self.lora.start else "base")
 
+    def as_now(self) -> AbstractContextManager[None]:
+        return as_now(self.module)
+
     def save(self, folder: Path) -> None:
         save_policy(self.pipeline, self.module, folder, self.network_name)
 
 
-def timesteps(latents: Tensor, value: float) -> Float[Tensor, " b"]:
-    """The same time for every row, in float32: what networks of diffusers embed."""
+def timesteps(latents: Tensor, value: Sigma) -> Float[Tensor, " b"]:
+    """The time of every row, in float32: what networks of diffusers embed. One for all, or a column of theirs."""
+    if isinstance(value, Tensor):
+        return value.flatten().to(latents.device, torch.float32)
     return torch.full((len(latents),), value, device=latents.device, dtype=torch.float32)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from flowalign.adapters import LoRA
 from flowalign.models.alpha_model import AlphaModel
 from flowalign.models.alpha_table import norm
-from flowalign.models.base import Latents
+from flowalign.models.base import Latents, Sigma
+from flowalign.models.encoding import Told
 from flowalign.models.memory import Memory, load_dtypes
 from flowalign.models.pipeline import DTYPES, Precision, timesteps
 
@@ -122,21 +123,13 @@ class PixArt(AlphaModel):
         )
         return embeds, None, mask.bool()
 
-    def predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Latents:
-        if mask is None:
+    def predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Latents:
+        if told.mask is None:
             raise ValueError("this condition was not encoded by a PixArt model: it lacks the prompts' masks")
         made: Tensor = self.call(
             (latents / norm(sigma)).to(self.dtype),
-            encoder_hidden_states=embeds.to(self.dtype),
-            encoder_attention_mask=mask,
+            encoder_hidden_states=told.embeds.to(self.dtype),
+            encoder_attention_mask=told.mask,
             timestep=timesteps(latents, self.table.timestep(sigma)),
             added_cond_kwargs=self._added(latents),
             return_dict=False,
@@ -166,7 +159,7 @@ def dmd_pipeline(
 
     Raises: ValueError where one of them cannot be had.
     """
-    dtypes = load_dtypes("transformer", DTYPES.get(precision), None)
+    dtypes = load_dtypes(("transformer",), DTYPES.get(precision), None)
     try:
         network = PixArtTransformer2DModel.from_pretrained(
             student, subfolder="transformer", torch_dtype=DTYPES.get(precision, torch.float32)

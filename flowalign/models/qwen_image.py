@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowalign.models.base import Latents
+from flowalign.models.base import Latents, Sigma
+from flowalign.models.encoding import Told
 from flowalign.models.patches import PatchModel
 from flowalign.models.pipeline import timesteps
 
@@ -70,23 +71,15 @@ class QwenImage(PatchModel):
         wanted, length = (one.norm(dim=-1, keepdim=True) for one in (self.pack(conditional), guided))
         return self.unpack(guided * (wanted / length), conditional)
 
-    def predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Latents:
-        if mask is None:
+    def predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Latents:
+        if told.mask is None:
             raise ValueError("this condition was not encoded by a Qwen-Image model: it lacks the prompts' masks")
         batch, _, rows, columns = latents.shape
         velocity: Tensor = self.call(
             hidden_states=self.pack(latents).to(self.dtype),
             timestep=timesteps(latents, sigma),
-            encoder_hidden_states=embeds.to(self.dtype),
-            encoder_hidden_states_mask=mask,
+            encoder_hidden_states=told.embeds.to(self.dtype),
+            encoder_hidden_states_mask=told.mask,
             img_shapes=[[(1, rows // 2, columns // 2)]] * batch,
             return_dict=False,
         )[0]

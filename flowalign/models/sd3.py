@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flowalign.models.base import Latents
+from flowalign.models.base import Latents, Sigma
+from flowalign.models.encoding import Told
 from flowalign.models.pipeline import PipelineModel, timesteps
 
 
@@ -58,22 +59,14 @@ class SD3(PipelineModel):
             return clip, self.pipeline.tokenizer
         return self.max_sequence_length, self.pipeline.tokenizer_3
 
-    def predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Latents:
-        if pooled is None:
+    def predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Latents:
+        if told.pooled is None:
             raise ValueError("this condition was not encoded by a Stable Diffusion 3 model: it lacks embeddings")
         velocity: Tensor = self.call(
             hidden_states=latents.to(self.dtype),
             timestep=timesteps(latents, sigma * self.pipeline.scheduler.config.num_train_timesteps),
-            encoder_hidden_states=embeds.to(self.dtype),
-            pooled_projections=pooled.to(self.dtype),
+            encoder_hidden_states=told.embeds.to(self.dtype),
+            pooled_projections=told.pooled.to(self.dtype),
             return_dict=False,
         )[0]
         return velocity

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.models.alpha_model import AlphaModel
 from flowalign.models.alpha_table import norm
-from flowalign.models.base import Latents
-from flowalign.models.encoding import Embedding
+from flowalign.models.base import Latents, Sigma
+from flowalign.models.encoding import Embedding, Told
 from flowalign.models.pipeline import timesteps
 
 
@@ -27,7 +28,7 @@ class StableDiffusion(AlphaModel):
 
     def prepare(self) -> None:
         super().prepare()
-        self.embeds_guidance = self.module.config.time_cond_proj_dim is not None  # type: ignore[union-attr]
+        self.embeds_guidance = self.denoiser.config.time_cond_proj_dim is not None
 
     def size_unit(self) -> int:
         return int(self.pipeline.vae_scale_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1))
@@ -39,28 +40,35 @@ class StableDiffusion(AlphaModel):
     def calls(self, guidance_scale: float, sigma: float) -> int:
         return 1 if self.embeds_guidance else super().calls(guidance_scale, sigma)
 
-    def predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Latents:
-        told = self._guidance_embedding(len(latents), guidance_scale) if self.embeds_guidance else None
-        made: Tensor = self.call(
-            (latents / norm(sigma)).to(self.dtype),
-            timesteps(latents, self.table.timestep(sigma)),
-            encoder_hidden_states=embeds.to(self.dtype),
-            timestep_cond=told,
-            added_cond_kwargs=self.added(len(latents), pooled),
+    def predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Latents:
+        scale = self._guidance_embedding(len(latents), guidance_scale) if self.embeds_guidance else None
+        x, time = (latents / norm(sigma)).to(self.dtype), timesteps(latents, self.table.timestep(sigma))
+        down, middle = self.residuals(x, time, told)
+        made: Tensor = self.unet(
+            x,
+            time,
+            encoder_hidden_states=told.embeds.to(self.dtype),
+            timestep_cond=scale,
+            added_cond_kwargs=self.added(len(latents), told.pooled),
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
             return_dict=False,
         )[0]
         return self.velocity_of(made.float(), latents, sigma)
 
+    @property
+    def unet(self) -> Any:
+        """The UNet as it is called."""
+        return self.call
+
+    def residuals(
+        self, x: Latents, time: Float[Tensor, " b"], told: Told
+    ) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
+        """What is added to the UNet's blocks on the way down and to the one in the middle; nothing."""
+        return None, None
+
     def _guidance_embedding(self, count: int, guidance_scale: float) -> Tensor:
-        width = self.module.config.time_cond_proj_dim  # type: ignore[union-attr]
+        width = self.denoiser.config.time_cond_proj_dim
         scales = torch.full((count,), guidance_scale - 1)
         told: Tensor = self.pipeline.get_guidance_scale_embedding(scales, embedding_dim=width)
         return told.to(self.device, self.dtype)

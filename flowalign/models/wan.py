@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from flowalign.adapters import LoRA
 from flowalign.media import load
-from flowalign.models.base import Latents
+from flowalign.models.base import Latents, Sigma
+from flowalign.models.encoding import Told
 from flowalign.models.memory import Memory
 from flowalign.models.pipeline import PipelineModel, Precision, timesteps
 from flowalign.pictures import to_images
@@ -142,20 +143,13 @@ class Wan(PipelineModel):
         )
         return (embeds,)
 
-    def predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Made:
+    def predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Made:
+        image = told.image_embeds
         velocity: Tensor = self.call(
             hidden_states=latents.to(self.dtype),
             timestep=timesteps(latents, sigma * self.pipeline.scheduler.config.num_train_timesteps),
-            encoder_hidden_states=embeds.to(self.dtype),
-            encoder_hidden_states_image=None if pooled is None else pooled.to(self.dtype),
+            encoder_hidden_states=told.embeds.to(self.dtype),
+            encoder_hidden_states_image=None if image is None else image.to(self.dtype),
             return_dict=False,
         )[0]
         return velocity
@@ -225,33 +219,10 @@ class WanImageToVideo(Wan):
         )
         return channels[0].cpu(), pipe.encode_image(picture, self.device)[0].cpu()
 
-    def network(
-        self,
-        latents: Latents,
-        sigma: float,
-        condition: Condition,
-        negative: bool = False,
-        guidance_scale: float = 1.0,
-    ) -> Latents:
-        embeds = condition.negative_prompt_embeds if negative else condition.prompt_embeds
-        assert embeds is not None
-        seen = _beside(latents, condition)
-        return self._predict(seen, sigma, embeds, condition.image_embeds, None, guidance_scale)
-
-    def network_doubled(self, latents: Latents, sigma: float, condition: Condition) -> tuple[Latents, Latents]:
-        seen = _beside(latents, condition)
-        assert condition.negative_prompt_embeds is not None
-        assert condition.image_embeds is not None
-        embeds = torch.cat([condition.negative_prompt_embeds, condition.prompt_embeds])
-        seen, tokens = torch.cat([seen, seen]), torch.cat([condition.image_embeds, condition.image_embeds])
-        unconditional, conditional = self._predict(seen, sigma, embeds, tokens, None, 1.0).chunk(2)
-        return conditional, unconditional
-
-
-def _beside(latents: Latents, condition: Condition) -> Tensor:
-    if condition.image is None:
-        raise ValueError('there is no picture to start from: prompts need an "image", the name of a file')
-    return torch.cat([latents.to(condition.image), condition.image], 1)
+    def seen(self, latents: Latents, condition: Condition) -> Tensor:
+        if condition.image is None:
+            raise ValueError('there is no picture to start from: prompts need an "image", the name of a file')
+        return torch.cat([latents.to(condition.image), condition.image], 1)
 
 
 def decode_recomputed(vae: Any, latents: Frames) -> Float[Tensor, "b 3 frames h w"]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowalign.adapters import LoRA
-from flowalign.models.base import Latents
+from flowalign.models.base import Latents, Sigma
+from flowalign.models.encoding import Told
 from flowalign.models.memory import Memory
 from flowalign.models.patches import PatchModel
 from flowalign.models.pipeline import Precision, timesteps
@@ -96,20 +97,12 @@ class ZImage(PatchModel):
         plain, length = (one.flatten(1).norm(dim=1) for one in (conditional, guided))
         return guided * (self.cfg_normalization * plain / length).clamp(max=1)[:, None, None, None]
 
-    def predict(
-        self,
-        latents: Latents,
-        sigma: float,
-        embeds: Tensor,
-        pooled: Tensor | None,
-        mask: Tensor | None,
-        guidance_scale: float,
-    ) -> Latents:
-        if mask is None:
+    def predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Latents:
+        if told.mask is None:
             raise ValueError("this condition was not encoded by a Z-Image model: it lacks the prompts' masks")
-        time = (1000 - timesteps(latents[:1], 1000 * sigma)) / 1000  # 1 - sigma, rounded as the pipeline rounds it
-        made = [
-            self.call([row], time, [told[own]], return_dict=False)[0][0]
-            for row, told, own in zip(latents.to(self.dtype).unsqueeze(2), embeds.to(self.dtype), mask, strict=True)
-        ]
+        column = timesteps(latents, 1000 * sigma)
+        times = ((1000 - column) / 1000).split(1)  # 1 - sigma, rounded as the pipeline rounds it
+        seen, embeds = latents.to(self.dtype).unsqueeze(2), told.embeds.to(self.dtype)
+        rows = zip(seen, times, embeds, told.mask, strict=True)
+        made = [self.call([row], time, [one[own]], return_dict=False)[0][0] for row, time, one, own in rows]
         return -torch.stack(made).squeeze(2)

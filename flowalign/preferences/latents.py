@@ -18,9 +18,9 @@ from torch import Tensor
 
 from flowalign.config import dotted_name
 from flowalign.distributed import on_main, rank, share, together, world_size
+from flowalign.fitting import Fit, centre_crop, fitted
 from flowalign.models.base import Model
 from flowalign.models.pipeline import PipelineModel
-from flowalign.preferences.fitting import Fit, centre_crop, fitted
 from flowalign.preferences.opening import open_pair
 from flowalign.preferences.records import Medium, Preference
 from flowalign.preferences.shards import Shard
@@ -112,7 +112,7 @@ class PairLatents:
         self.parts = [range(start, min(start + pairs_per_shard, total)) for start in range(0, total, pairs_per_shard)]
         together(self._fill)
         self.shard = lru_cache(maxsize=KEPT)(lambda number: Shard(self.folder, number))
-        self._places, self.signs = self._look()
+        self._look()
 
     def _begin(self, facts: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -167,20 +167,28 @@ class PairLatents:
             left_out.add(text)
             return None
 
-    def _look(self) -> tuple[np.ndarray, np.ndarray]:
-        """Piece and place of each pair, and its sign; what was left out is told."""
-        places, signs, left_out = list[tuple[int, int]](), list[int](), LeftOut()
+    def _look(self) -> None:
+        """Piece and place of each pair, and what of it is known without its latents; what was left out is told.
+
+        signs, valid, weights and scores are those of `PairBatch`, for all pairs.
+        """
+        places, rows, left_out = list[tuple[int, int]](), list[tuple[str, float, Any]](), LeftOut()
         for number in range(len(self.parts)):
             told = Shard(self.folder, number).told
             places += [(number, place) for place in range(len(told["rows"]))]
-            signs += [SIGNS[row["label"]] for row in told["rows"]]
+            rows += [(row["label"], row["weight"], row["scores"]) for row in told["rows"]]
             left_out.count += told["left_out"]["count"]
             left_out.reasons += told["left_out"]["reasons"][: REASONS - len(left_out.reasons)]
         left_out.tell(len(self.preferences), "preferences")
         if not places:
             raise ValueError(f"no preference can be used: {'; '.join(left_out.reasons)}")
-        self.left_out = left_out
-        return np.array(places, dtype=np.int32), np.array(signs, dtype=np.int8)
+        self.left_out, nan = left_out, float("nan")
+        labels, weights, scores = zip(*rows, strict=True)
+        self._places = np.array(places, dtype=np.int32)
+        self.signs = np.array([SIGNS[label] for label in labels], dtype=np.int8)
+        self.valid = np.array([label != "invalid" for label in labels])
+        self.weights = np.array(weights, dtype=np.float32)
+        self.scores = np.array([one or (nan, nan) for one in scores], dtype=np.float32)
 
     def __len__(self) -> int:
         return len(self._places)

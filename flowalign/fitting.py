@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,12 +33,13 @@ def stretch(pixels: Stack, height: int, width: int) -> Float[Tensor, "f 3 h2 w2"
 
 
 def fitted(
-    pixels: Float[Tensor, "*frames 3 h w"], size: Size, fit: Fit, most: float
+    pixels: Float[Tensor, "*frames 3 h w"], size: Size, fit: Fit = centre_crop, most: float = math.inf
 ) -> Float[Tensor, "*frames2 3 h2 w2"]:
     """A picture or video at a size; of a longer video as many frames as the size has, evenly spread.
 
     Args:
         size: with height and width; frames for a video.
+        fit: what gives each frame that height and width.
         most: how many times a side may be enlarged.
 
     Raises: ValueError for a picture where a video is meant or the reverse, for too few frames, and for what is small.
