@@ -47,6 +47,7 @@ class Condition:
 
     A mask is true where an embedding is a token's, and false where it is padding that the network does not attend to.
     Of a model that starts from a picture, `image` stands beside the latents, and `image_embeds` beside the prompt's.
+    `control` is the picture in [0, 1] that a ControlNet looks at.
     """
 
     prompt_embeds: Float[Tensor, "b n d"]
@@ -57,6 +58,7 @@ class Condition:
     negative_prompt_mask: Bool[Tensor, "b n"] | None = None
     image: Float[Tensor, "b c *x"] | None = None
     image_embeds: Float[Tensor, "b m e"] | None = None
+    control: Float[Tensor, "b 3 h w"] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -119,12 +121,14 @@ def join_steps(steps: Sequence[Step]) -> Step:
 class Trajectory:
     """A rollout's result: the last latents of every sample and the stochastic steps in order.
 
-    `path` holds the latents after every step from the start noise on, where they were asked for.
+    `path` holds the latents after every step from the start noise on, and `velocities` the guided velocity at the
+    latents of each stochastic step, where they were asked for.
     """
 
     latents: Float[Tensor, b * d]
     steps: tuple[Step, ...] = ()
     path: tuple[Tensor, ...] = ()
+    velocities: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -254,12 +258,29 @@ class Media:
 
 
 @dataclass(frozen=True)
+class Maps:
+    """What a reward has seen at each pixel of its own resolution, for losses that weigh pixels.
+
+    predicted: what it has found in each picture: values, or the logits of classes. errors: how far that is from what
+    was wanted, at least 0. counted: the pixels that count.
+    """
+
+    predicted: Float[Tensor, "b c h w"]
+    errors: Float[Tensor, "b h w"]
+    counted: Bool[Tensor, "b h w"]
+
+
+@dataclass(frozen=True)
 class Scores:
-    """Rewards of a batch, higher is better. A score that could not be had is not `valid`; its value means nothing."""
+    """Rewards of a batch, higher is better. A score that could not be had is not `valid`; its value means nothing.
+
+    `maps` are there where a reward has some, and gradients are asked for.
+    """
 
     total: Float[Tensor, " b"]
     parts: dict[str, Float[Tensor, " b"]]
     valid: Bool[Tensor, " b"]
+    maps: Maps | None = None
 
     def __len__(self) -> int:
         return len(self.total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +46,7 @@ def rollout(
     members: int = 1,
     rows_per_call: int | None = None,
     keep_path: bool = False,
+    keep_velocities: bool = False,
 ) -> Trajectory:
     """Samples from start noise, step by step along a path, and keeps what a replay of its stochastic steps needs.
 
@@ -58,11 +59,13 @@ def rollout(
         members: samples per row after the branch; 1 where the path does not branch.
         rows_per_call: the most rows in a network call of a deterministic step, which no one replays; None for all.
         keep_path: keep the latents after every step too.
+        keep_velocities: keep the velocity at every stochastic step too.
 
     Raises: ValueError where the path's length is not the grid's, or stochastic steps have no noise.
     """
     latents = model.start(start_noise.float(), sigmas[0])
-    return _walk(model, condition, latents, sigmas, path, policy, step_noise, members, rows_per_call, keep_path)
+    walked = _walk(model, condition, latents, sigmas, path, policy, step_noise, members, rows_per_call, keep_path)
+    return walked if keep_velocities else replace(walked, velocities=())
 
 
 def _walk(
@@ -85,7 +88,7 @@ def _walk(
         raise ValueError(f"steps {list(path.stochastic)} are stochastic and need step_noise")
     if path.branch is None and members != 1:
         raise ValueError(f"a path without a branch has one sample per row, not {members}")
-    steps, visited = [], [latents]
+    steps, velocities, visited = list[Step](), list[Tensor](), [latents]
     for interval, transition in zip(grid, path.transitions, strict=True):
         if isinstance(transition, ODE):
             velocity = _in_calls(model, latents, interval.sigma, condition, policy.guidance_scale, rows_per_call)
@@ -94,12 +97,15 @@ def _walk(
             assert step_noise is not None
             parted = members if path.branch == interval.index else 1
             noise = step_noise(interval.index)
-            steps.append(_stochastic_step(model, latents, interval, transition, condition, policy, noise, parted))
+            step, velocity = _stochastic_step(model, latents, interval, transition, condition, policy, noise, parted)
+            steps.append(step)
+            velocities.append(velocity)
             if parted > 1:
                 condition = condition.rows(torch.arange(len(latents)).repeat_interleave(parted))
-            latents = steps[-1].latents_next
+            latents = step.latents_next
         visited.append(latents)
-    return Trajectory(model.finish(latents, sigmas[-1]), tuple(steps), tuple(visited) if keep_path else ())
+    last = model.finish(latents, sigmas[-1])
+    return Trajectory(last, tuple(steps), tuple(visited) if keep_path else (), tuple(velocities))
 
 
 @torch.no_grad()
@@ -153,12 +159,13 @@ def _stochastic_step(
     policy: Policy,
     noise: Noise,
     members: int,
-) -> Step:
+) -> tuple[Step, Latents]:
     velocity = model.velocity_split(latents, interval.sigma, condition, policy.guidance_scale)
     mean, std = transition(latents, velocity, interval)
     mean = mean.repeat_interleave(members, 0)
     latents_next = mean + std * noise.to(mean.device)
-    return Step(interval, latents, latents_next, policy.log_prob(latents_next, mean, std, policy.reduce))
+    log_probs = policy.log_prob(latents_next, mean, std, policy.reduce)
+    return Step(interval, latents, latents_next, log_probs), velocity
 
 
 def _in_calls(

@@ -1,0 +1,114 @@
+"""Rollouts whose noisy latents are completed and scored too: what the reward would be without the noise yet to come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowalign.accounting import Rows
+from flowalign.completions import complete, completion_points
+from flowalign.media import shown
+from flowalign.models.base import Model
+from flowalign.randomness import keyed_globals
+from flowalign.records import Prompts, PromptSet, Scores, Trajectory
+from flowalign.rollout import Policy
+from flowalign.schedules import Path
+from flowalign.transitions import TableSDE
+from rewards.base import Reward, join_scores
+from trainers.batch import Sampling, detached
+from trainers.collection import Collection, Draw, Epoch
+
+PREFIX = "completed_"  # of the part of scores that holds the reward of a step's completion
+
+Steps = Callable[[Path], tuple[int, ...]]
+
+
+class CompletedCollection(Collection):
+    """Scores have a part `completed_003` for each completed step: the reward of the ODE from its latents.
+
+    A sample of which a completion has no valid score is not valid.
+
+    Args:
+        completed: the stochastic steps whose latents are completed, the first ones of a path.
+        count: ODE steps of a completion, None for all that are left.
+        judge: scores the completions, as the reward does the samples.
+
+    table: g of every step, once the noise is calibrated; it then stands in for the plan's own.
+    """
+
+    keep_velocities = True
+
+    def __init__(
+        self,
+        model: Model,
+        reward: Reward,
+        prompts: PromptSet,
+        sampling: Sampling,
+        policy: Policy,
+        seed: int,
+        completed: Steps,
+        count: int | None,
+        judge: Reward,
+    ) -> None:
+        super().__init__(model, reward, prompts, sampling, policy, seed)
+        self.completed, self.count, self.judge = completed, count, judge
+        self.table: tuple[float, ...] = ()
+
+    def path(self, number: int) -> Path:
+        path = super().path(number)
+        if not self.table:
+            return path
+        rule, noisy = TableSDE(self.table), path.stochastic
+        return replace(path, transitions=tuple(rule if i in noisy else one for i, one in enumerate(path.transitions)))
+
+    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int) -> Scores:
+        scores, numbers = super().score(epoch, index, draw, made, kept), self.completed(epoch.path)
+        ends = self._complete(draw, made, kept, len(numbers))
+        whose = [sample for end in ends for sample in range(0, kept, kept // len(end))]  # a shared start has fewer rows
+        judged = self._judge(torch.cat(ends), draw.told.rows(whose), epoch.number, index)
+        rows = [len(end) for end in ends]
+        values = [value.repeat_interleave(kept // len(value)) for value in judged.total.split(rows)]
+        valid = [known.repeat_interleave(kept // len(known)) for known in judged.valid.split(rows)]
+        parts = {f"{PREFIX}{number:03d}": value for number, value in zip(numbers, values, strict=True)}
+        return replace(scores, parts=scores.parts | parts, valid=scores.valid & torch.stack(valid).all(0))
+
+    def _complete(self, draw: Draw, made: Trajectory, kept: int, count: int) -> tuple[Tensor, ...]:
+        """What the first so many stochastic steps would end at, without padding."""
+        steps = [step.rows(torch.arange(kept // step.members)) for step in made.steps[:count]]
+        velocities = [velocity[: len(step.latents)] for velocity, step in zip(made.velocities, steps, strict=False)]
+        condition, sigmas = (
+            draw.condition.rows(torch.arange(len(velocities[0]))),
+            self.model.sigmas(self.sampling.steps),
+        )
+        with self.model.meter.phase("completion"):
+            return complete(
+                self.model, condition, steps, velocities, sigmas, self.policy.guidance_scale, self.count,
+                self.sampling.rows_per_call,
+            )  # fmt: skip
+
+    def _judge(self, latents: Tensor, told: Prompts, *key: int) -> Scores:
+        """So many at once as a decode has, so that memory does not grow with the number of steps."""
+        parts = list[Scores]()
+        for number, at in enumerate(torch.arange(len(latents)).split(self.sampling.rows_per_call)):
+            pixels, some = self.decode(latents[at.to(latents.device)]), told.rows(at.tolist())
+            with self.model.meter.phase("reward"), keyed_globals(self.seed, "completion_reward", *key, number):
+                parts.append(detached(self.judge(shown(pixels, some, self.model.fps), some)))
+        return join_scores(parts)
+
+    def scoring_rows(self, epoch: Epoch) -> Rows:
+        path, rows = epoch.path, 0
+        for step in self.completed(path):
+            starts = len(epoch.rows) * (1 if step == path.branch else epoch.members)
+            visited = completion_points(step, len(path.transitions), self.count)[1:-1]  # the first velocity is there
+            rows += starts * sum(self.model.calls(self.policy.guidance_scale, self.sigmas[at]) for at in visited)
+        return Rows(rows)
+
+
+def completed_rewards_of(scores: Scores) -> Float[Tensor, "b t"]:
+    """The rewards of the completions in the order of their steps, and then those of the samples themselves."""
+    names = sorted(name for name in scores.parts if name.startswith(PREFIX))
+    return torch.stack([*(scores.parts[name] for name in names), scores.total], 1)
