@@ -18,6 +18,7 @@ from rewards.averaging import average_rewards
 from rewards.base import Card, Minimum, Product, Reward, WeightedSum
 from rewards.chat import Chat, Endpoint
 from rewards.clip import CLIPScore
+from rewards.consistency import EdgeConsistency
 from rewards.ctc import CTCText
 from rewards.dynamics import DynamicDegree, FlowDynamics
 from rewards.expression import parse_reward
@@ -38,6 +39,7 @@ from rewards.mtcnn import MTCNN
 from rewards.ocr import OCR
 from rewards.openclip import OpenCLIPScore
 from rewards.pickscore import PickScore
+from rewards.pixelwise import DepthConsistency, SegmentConsistency
 from rewards.preference import LearntReward, Pair
 from rewards.remote import RemoteReward
 from rewards.sets import MMD, CLIPEmbedder, FrechetDistance, VendiScore
@@ -68,7 +70,9 @@ __all__ = [
     "Clip",
     "DINOScore",
     "DINOv2Score",
+    "DepthConsistency",
     "DynamicDegree",
+    "EdgeConsistency",
     "Endpoint",
     "FaceIdentity",
     "FlowDynamics",
@@ -105,6 +109,7 @@ __all__ = [
     "RemoteReward",
     "Reward",
     "RunningNormalise",
+    "SegmentConsistency",
     "ShapesVerifier",
     "ShapesVideoVerifier",
     "SigLIPScore",

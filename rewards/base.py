@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -66,7 +66,7 @@ class Reward(ABC):
             parts = [self._part(media, prompts, start, size) for start in range(0, len(media), max(size, 1))]
         scores = join_scores(parts) if parts else Scores(torch.zeros(0), {}, torch.zeros(0, dtype=torch.bool))
         total = scores.total.float()
-        return Scores(total, scores.parts, scores.valid & total.detach().isfinite())
+        return replace(scores, total=total, valid=scores.valid & total.detach().isfinite())
 
     def _part(self, media: Media, prompts: Prompts, start: int, size: int) -> Scores:
         if size >= len(media):
@@ -112,12 +112,13 @@ class Reward(ABC):
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
-    """Scores of several batches as one."""
+    """Scores of several batches as one; their maps, which may differ in size, are left out."""
     names = parts[0].parts
     return Scores(
         torch.cat([part.total for part in parts]),
         {name: torch.cat([part.parts[name] for part in parts]) for name in names},
         torch.cat([part.valid for part in parts]),
+        parts[0].maps if len(parts) == 1 else None,
     )
 
 
