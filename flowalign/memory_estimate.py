@@ -45,8 +45,9 @@ class Activations:
 class Saved:
     """Counts each storage that autograd keeps, once; those of parameters and buffers not."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self._seen = {id(value.untyped_storage()) for value in (*network.parameters(), *network.buffers())}
+    def __init__(self, *networks: nn.Module) -> None:
+        held = [value for network in networks for value in (*network.parameters(), *network.buffers())]
+        self._seen = {id(value.untyped_storage()) for value in held}
         self.bytes = 0
 
     def pack(self, value: Tensor) -> Tensor:
@@ -109,12 +110,12 @@ def activations(
     precision: of the call, None for the model's own.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    shadow, network = _shadow(model, mode, precision)
-    if gradient_checkpointing:
+    shadow, networks = _shadow(model, mode, precision)
+    for network in networks if gradient_checkpointing else ():
         network.enable_gradient_checkpointing()
     with mode:
         told, latents = _inputs(model, condition)
-        saved = Saved(network)
+        saved = Saved(*networks)
         with Peak() as peak, AllTrue():
             with saved_tensors_hooks(saved.pack, lambda value: value):
                 velocity = shadow.network(latents, MIDDLE, told, False, guidance_scale)
@@ -166,19 +167,24 @@ def decode_peak(model: PipelineModel, rows: int, score: Callable[[Tensor], Tenso
     return peak.most
 
 
-def _shadow(model: PipelineModel, mode: FakeTensorMode, precision: torch.dtype | None) -> tuple[PipelineModel, Any]:
-    """The model with a network of fakes in place of its own, which it does not share anything with."""
+def _shadow(
+    model: PipelineModel, mode: FakeTensorMode, precision: torch.dtype | None
+) -> tuple[PipelineModel, list[Any]]:
+    """The model with networks of fakes in place of its own, which it does not share anything with."""
     network: Any = model.module
+    others = {name: getattr(model.pipeline, name) for name in model.beside}
     with torch.device("meta"):
         made = type(network).from_config(network.config)
         add_adapter(made, network.peft_config[POLICY], POLICY)
+        beside = {name: type(part).from_config(part.config) for name, part in others.items()}
     shadow = copy.copy(model)
-    shadow.call = made
+    shadow.call, shadow.beside = made, beside
     if precision is not None:
         shadow.dtype, shadow._autocast = precision, None if precision == torch.float32 else precision
     with mode:
-        _cast(made, shadow.dtype, model.device)
-    return shadow, made
+        for part in (made, *beside.values()):
+            _cast(part, shadow.dtype, model.device)
+    return shadow, [made, *beside.values()]
 
 
 def _cast(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -90,6 +90,14 @@ def _path(transition: Transition, chosen: Iterable[int], steps: int, shared_nois
 
 
 @dataclass(frozen=True)
+class Deterministic:
+    """No step is stochastic: the ODE's own samples, for trainers that look at nothing but where a rollout ends."""
+
+    def resolve(self, steps: int, epoch: int, seed: int) -> Path:
+        return Path((ODE(),) * steps)
+
+
+@dataclass(frozen=True)
 class AllSteps:
     """Every step is stochastic; Flow-GRPO (arXiv:2505.05470).
 

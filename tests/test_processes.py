@@ -17,7 +17,7 @@ from flowalign.distributed import share
 from flowalign.schedules import AllSteps, FanOut
 from flowalign.transitions import FlowSDE
 from tests import processes
-from tests.jobs import JOBS, job, rows
+from tests.jobs import BY_GRADIENT, FORWARD, JOBS, job, rows
 from trainers import Optimizer, Sampling
 from trainers.collection import gather_files
 
@@ -84,6 +84,24 @@ def test_six_updates_come_to_the_same_policy(sampling, tmp_path):
             assert {name: row[name] for name in kept} == pytest.approx({n: same[n] for n in kept}, abs=1e-4, rel=1e-3)
 
 
+def test_gains_are_the_same_on_any_number_of_processes(tmp_path):
+    """So is the noise that they calibrate, to the last bit, with odd micro-batches; policies but for rounding."""
+
+    def work(folder: Path, rank: int) -> tuple[Any, ...]:
+        trainer = JOBS["dense_grpo"](folder, sampling=UNEVEN, optimizer=GENTLE, epochs=1)
+        trainer.train(report=False)
+        credit = trainer.collect(1).advantages.numpy()
+        return trainer.state.noise, credit, {n: v.detach().numpy() for n, v in trainer.model.trainable().items()}
+
+    (alone,) = processes.run(1, tmp_path, functools.partial(work, tmp_path / "1"))
+    assert alone[1].shape == (9, 3)
+    for world in (2, 3):
+        for noise, credit, end in processes.run(world, tmp_path, functools.partial(work, tmp_path / str(world))):
+            assert noise == alone[0]
+            assert np.abs(credit - alone[1]).max() < 1e-2
+            assert max(np.abs(end[name] - alone[2][name]).max() for name in end) <= 1e-6
+
+
 def first_gradient(kind: str, folder: Path, rank: int = 0) -> list[Any]:
     """What the first optimizer step is made of."""
     trainer, seen = JOBS[kind](folder, epochs=1, updates_per_epoch=1), list[Any]()
@@ -93,7 +111,7 @@ def first_gradient(kind: str, folder: Path, rank: int = 0) -> list[Any]:
     return seen
 
 
-@pytest.mark.parametrize("kind", ["draft", "refl"])
+@pytest.mark.parametrize("kind", BY_GRADIENT)
 def test_a_gradient_of_the_reward_is_the_same_on_any_number_of_processes(kind, tmp_path):
     """6 rows in micro-batches of 2, on 1, 2 and 4 processes, the last of which has nothing to do."""
     (alone,) = processes.run(1, tmp_path, functools.partial(first_gradient, kind, tmp_path / "1"))
@@ -103,7 +121,7 @@ def test_a_gradient_of_the_reward_is_the_same_on_any_number_of_processes(kind, t
             assert max(np.abs(a - b).max() for a, b in zip(found, alone, strict=True)) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", ["draft", "refl"])
+@pytest.mark.parametrize("kind", BY_GRADIENT)
 def test_updates_by_gradient_come_to_the_same_policy(kind, tmp_path):
     """Six optimizer steps of three rows, in two micro-batches."""
     (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", {}, kind=kind))
@@ -113,6 +131,29 @@ def test_updates_by_gradient_come_to_the_same_policy(kind, tmp_path):
         assert max(np.abs(one[name] - alone[name]).max() for name in one) <= 1e-6
     for row, same in zip(rows(tmp_path / "2"), rows(tmp_path / "1"), strict=True):
         assert row == pytest.approx(same, abs=1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", FORWARD)
+def test_noising_anew_is_the_same_on_any_number_of_processes(kind, tmp_path):
+    """Stored pairs; and pairs out of groups of three in micro-batches of two, which processes do not hold whole."""
+    (alone,) = processes.run(1, tmp_path, functools.partial(first_gradient, kind, tmp_path / "1"))
+    assert max(np.abs(one).max() for one in alone) > 1e-3
+    for world in (2, 5):
+        for found in processes.run(world, tmp_path, functools.partial(first_gradient, kind, tmp_path / str(world))):
+            assert max(np.abs(a - b).max() for a, b in zip(found, alone, strict=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", FORWARD)
+def test_updates_by_noising_anew_come_to_the_same_policy(kind, tmp_path):
+    """Six optimizer steps, the last two of which are compared with another reference online."""
+    (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", {}, kind=kind))
+    found = processes.run(3, tmp_path, functools.partial(policy, tmp_path / "3", {}, kind=kind))
+    for one in found:
+        assert all(np.array_equal(one[name], found[0][name]) for name in one)
+        assert max(np.abs(one[name] - alone[name]).max() for name in one) <= 1e-6
+    for row, same in zip(rows(tmp_path / "3"), rows(tmp_path / "1"), strict=True):
+        kept = [name for name in same if not name.startswith("rows/")]
+        assert {name: row[name] for name in kept} == pytest.approx({n: same[n] for n in kept}, abs=1e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [8, 4, 3])

@@ -20,10 +20,11 @@ from flowalign.interrupt import Stopped
 from flowalign.records import Media, Prompts
 from rewards.base import as_reward
 from tests import jobs, processes
-from tests.jobs import JOBS, digest, job, rows
+from tests.jobs import BY_GRADIENT, FORWARD, JOBS, digest, job, rows
 from trainers import Checkpoints, Evaluation, FlowGRPO, Optimizer
 from trainers.batch import Batch
 from trainers.collection import Collection
+from trainers.forward_steps import ForwardSteps
 from trainers.path_steps import PathSteps
 from trainers.state import State
 from trainers.update import Update
@@ -56,6 +57,8 @@ PLACES = {
     "update": (Update, "_backward"),
     "path": (PathSteps, "_backward"),
     "step": (PathSteps, "_count_skipped"),
+    "forward": (ForwardSteps, "micro_batch"),
+    "forward step": (ForwardSteps, "_count_skipped"),
     "write": (checkpoint, "_write"),
     "seal": (checkpoint, "_seal"),
     "rename": (checkpoint, "_sync_folder"),
@@ -90,8 +93,12 @@ KILLS = [
 GRADIENT_KILLS = [("path", 1), ("path", 7), ("step", 3), ("reward", 9), ("seal", 3)]
 ALL_KILLS = [
     *(("flow_grpo", *kill) for kill in KILLS),
+    *(("dense_grpo", *kill) for kill in [("rollout", 3), ("rollout", 10), ("reward", 9), ("update", 15), ("seal", 3)]),
     *(("draft", *kill) for kill in GRADIENT_KILLS),
     *(("refl", *kill) for kill in GRADIENT_KILLS[1:3]),
+    *((kind, *GRADIENT_KILLS[1]) for kind in BY_GRADIENT[2:]),
+    *(("dpo", *kill) for kill in [("rollout", 9), ("forward", 3), ("forward", 10), ("forward step", 6), ("seal", 6)]),
+    *(("pairs", *kill) for kill in [("forward", 2), ("forward step", 3), ("seal", 3)]),
 ]
 
 
@@ -107,7 +114,9 @@ def test_a_killed_run_comes_to_the_same(kind, place, turn, tmp_path, unbroken):
     ("kind", "place", "turn", "victim"),
     [
         ("flow_grpo", "rollout", 3, 0), ("flow_grpo", "reward", 3, 1), ("flow_grpo", "update", 8, 1),
-        ("flow_grpo", "write", 2, 1), ("flow_grpo", "seal", 4, 0), ("draft", "path", 3, 1), ("refl", "step", 2, 0),
+        ("flow_grpo", "write", 2, 1), ("flow_grpo", "seal", 4, 0), ("dense_grpo", "update", 7, 1),
+        ("draft", "path", 3, 1), ("refl", "step", 2, 0), ("instruct_video", "path", 3, 0), ("dpo", "forward", 6, 1),
+        ("pairs", "forward step", 4, 0),
     ],
 )  # fmt: skip
 def test_one_of_two_processes_is_killed(kind, place, turn, victim, tmp_path, unbroken):
@@ -137,7 +146,10 @@ def test_a_signal_stops_all_processes_within_a_step_and_loses_nothing(number, pl
     assert not (folder / "PREEMPTED").exists()
 
 
-@pytest.mark.parametrize(("kind", "place", "turn"), [("draft", "path", 6), ("draft", "step", 3), ("refl", "path", 2)])
+@pytest.mark.parametrize(("kind", "place", "turn"), [
+    ("draft", "path", 6), ("draft", "step", 3), ("refl", "path", 2), ("instruct_video", "path", 8), ("ipro", "path", 5),
+    ("pairs", "forward", 2),
+])  # fmt: skip
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_signal_amid_a_gradient_makes_its_step_anew(kind, place, turn, world, tmp_path, unbroken):
     """Six optimizer steps of two micro-batches each; half of them a process where there are two."""
@@ -149,6 +161,24 @@ def test_a_signal_amid_a_gradient_makes_its_step_anew(kind, place, turn, world, 
     assert "-rollout-" not in checkpoint.names(folder / "checkpoints")[-1]
     processes.run(world, tmp_path, functools.partial(train, folder, kind=kind))
     assert digest(folder) == unbroken(world, kind)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1)])
+def test_a_calibration_that_is_stopped_goes_on_where_it_was(before, after, tmp_path, unbroken):
+    """In the second of its two rounds: of each process's rollouts, four on one and two on two, the third or second."""
+    folder = tmp_path / "run"
+    work = functools.partial(told, folder, kind="dense_grpo")
+    stopped = dying(work, "rollout", 3 if before == 1 else 2, before - 1, signal.SIGTERM)
+    messages = processes.run(before, tmp_path, stopped)
+    assert all(f"stopped by SIGTERM; all is saved in {folder}" in message for message in messages)
+    (name,) = checkpoint.names(folder / "checkpoints")
+    assert name == f"step-00000000-calibration-00000{1 if before == 1 else 2}"
+    assert len(state_of(folder).noise["rounds"]) == int(name[-1])
+    processes.run(after, tmp_path, functools.partial(train, folder, kind="dense_grpo"))
+    noise = json.loads((folder / "noise.json").read_text())
+    assert noise == state_of(folder).noise
+    if before == after:
+        assert digest(folder) == unbroken(after, "dense_grpo")
 
 
 def told(folder: Path, rank: int, **changes: Any) -> str:
@@ -178,7 +208,7 @@ def test_it_goes_on_with_another_number_of_processes(before, after, tmp_path):
     assert_close(folder, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["draft", "refl"])
+@pytest.mark.parametrize("kind", BY_GRADIENT)
 def test_a_run_by_gradient_goes_on_with_another_number_of_processes(kind, tmp_path):
     """Stopped between two optimizer steps of an epoch: the scores of the first are kept."""
     folder, changes = tmp_path / "run", {"kind": kind, "optimizer": GENTLE}
@@ -187,6 +217,19 @@ def test_a_run_by_gradient_goes_on_with_another_number_of_processes(kind, tmp_pa
     processes.run(2, tmp_path, dying(work, "step", 3, 0, signal.SIGTERM))
     assert state_of(folder).part == 1
     processes.run(1, tmp_path, functools.partial(train, folder, **changes))
+    assert_close(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", FORWARD)
+def test_a_run_by_the_forward_process_goes_on_with_another_number_of_processes(kind, tmp_path):
+    """Stopped between two optimizer steps of the last epoch, whose reference is another than the first one's."""
+    folder, changes = tmp_path / "run", {"kind": kind, "optimizer": GENTLE}
+    processes.run(1, tmp_path, functools.partial(train, tmp_path / "whole", **changes))
+    work = functools.partial(told, folder, **changes)
+    processes.run(2, tmp_path, dying(work, "forward step", 5, 0, signal.SIGTERM))
+    assert state_of(folder).part == 1
+    assert bool(state_of(folder).older) == (kind in ("dpo", "rwr"))
+    processes.run(3, tmp_path, functools.partial(train, folder, **changes))
     assert_close(folder, tmp_path / "whole")
 
 
@@ -222,8 +265,8 @@ def test_a_finished_run_is_left_as_it_is_and_more_epochs_go_on(tmp_path, capsys)
 
 
 # `seconds` and `clock` are of the clock alone, `scaler` matters where a gradient overflows in fp16, and `skipped` where
-# several optimizer steps in a row do: each has a test of its own below.
-OF_THE_CLOCK = {"seconds", "clock"}
+# several optimizer steps in a row do: each has a test of its own below. `older` and `noise` are none of this trainer's.
+APART = {"seconds", "clock", "scaler", "skipped", "older", "noise"}
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +335,7 @@ def gone_on(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return whole
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(State) if f.name not in OF_THE_CLOCK | {"scaler", "skipped"}])
+@pytest.mark.parametrize("name", [f.name for f in fields(State) if f.name not in APART])
 def test_no_field_of_the_record_can_be_left_out(name, stopped, gone_on, tmp_path):
     fresh = getattr(State(), name)
     dropped = go_on(stopped, tmp_path / "dropped", lambda held: held.update({name: fresh}))

@@ -12,9 +12,11 @@ from flowalign.cli import parse_trainer
 from flowalign.config import arguments_of, load_yaml
 from flowalign.models import Flux
 from flowalign.records import Media, Prompts
+from flowalign.schedules import linear, shifted
 from rewards import parse_reward
 from rewards.base import as_reward
 from rewards.expression import REWARDS
+from trainers.instruct_video import first_below
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -74,6 +76,18 @@ def test_flow_grpo_on_flux_is_the_published_one() -> None:
     assert {*Flux.targets} < {*model["lora"]["targets"]}
 
 
+def test_dense_grpo_s_known_settings_are_the_published_ones() -> None:
+    config = resolved("dense_grpo/sd3.5_pickscore.yaml")
+    assert (config["kl_coef"], config["completion_steps"], config["calibration"]["amount"]) == (0.01, None, 0.01)
+    assert config["epochs"] * config["updates_per_epoch"] == 4500
+    sampling, model = config["sampling"], config["model"]
+    assert [sampling[key] for key in ("group_size", "batch_size", "steps")] == [24, 144 // 16, 10]
+    assert (config["optimizer"]["learning_rate"], config["evaluation"]["steps"]) == (3e-4, 40)
+    assert (model["height"], model["width"], model["lora"]["rank"], model["lora"]["alpha"]) == (512, 512, 32, 64)
+    assert config["step_rewards"] == "trainers.dense_grpo.gains"
+    assert config["advantages"] == "trainers.dense_grpo.step_advantages"
+
+
 def test_pickscore_is_divided_by_26() -> None:
     formula = resolved("flow_grpo/sd3.5_pickscore.yaml")["reward"]
     assert REWARDS["pickscore"] == "rewards.pickscore.PickScore"
@@ -117,3 +131,46 @@ def test_refl_s_settings_are_the_published_ones() -> None:
     assert [sampling[key] for key in ("steps", "guidance_scale")] == [40, 1.0]
     assert sampling["plan"] == {"class": "flowalign.schedules.LateStep", "low": 30, "high": 39}
     assert config["epochs"] * config["updates_per_epoch"] == 100
+
+
+def test_instruct_video_s_settings_are_the_published_ones() -> None:
+    config = resolved("instruct_video/wan2.1_hpsv2.yaml")
+    sampling, reward, model = config["sampling"], config["reward"], config["model"]
+    assert sampling["plan"]["count"] == 1
+    made = sampling["steps"] - first_below(shifted(linear(sampling["steps"]), 3.0), config["start"])
+    assert made == 12  # on the grid of Wan's shift
+    assert (sampling["groups"], sampling["batch_size"], sampling["guidance_scale"]) == (8, 2, 3.0)
+    assert [reward[key] for key in ("frames", "sampling", "attenuation")] == [4, "segments", 1.0]
+    assert (reward["reward"]["class"].split(".")[-1], reward["reward"]["version"]) == ("HPSv2", "2.0")
+    assert (config["optimizer"]["learning_rate"], config["optimizer"]["weight_decay"]) == (1e-5, 0.0)
+    assert (model["height"], model["width"], model["frames"], model["lora"]["rank"]) == (256, 256, 17, 4)
+    assert config["epochs"] * config["updates_per_epoch"] == 20_000
+
+
+@pytest.mark.parametrize("name", ["ipro/wan2.1_i2v_face.yaml", "ipro/wan2.1_face.yaml"])
+def test_ipro_s_settings_are_the_published_ones(name: str) -> None:
+    config = resolved(name)
+    sampling = config["sampling"]
+    assert (config["reward_coef"], config["kl_coef"]) == (0.1, 1.0)
+    assert (sampling["plan"]["count"], sampling["groups"] * sampling["group_size"]) == (4, 64)
+    assert config["optimizer"]["learning_rate"] == 2e-5
+    assert config["epochs"] * config["updates_per_epoch"] == 100
+    assert config["reward"]["pool"] == "mean"
+
+
+def test_flow_dpo_s_settings_are_those_of_flow_grpo_s_code() -> None:
+    config = resolved("flow_dpo/sd3.5_pickscore.yaml")
+    assert (config["beta"], config["weighting"], config["reduce"]) == (
+        100,
+        "trainers.flow_dpo.constant",
+        "flowalign.transitions.mean_of_elements",
+    )
+    times = {"class": "trainers.LogitNormalTimes", "mean": 0.0, "std": 1.0, "draws": int(40 * 0.99)}
+    assert config["times"] == times
+    assert (config["refresh"], config["sample_reference"]) == (40, True)
+    assert config["pairing"] == "flowalign.advantages.best_and_worst"
+    sampling = config["sampling"]
+    assert [sampling[key] for key in ("group_size", "steps", "guidance_scale")] == [24, 40, 4.5]
+    assert sampling["plan"]["transition"] == {"class": "flowalign.transitions.FlowSDE", "noise_level": 0.7}
+    assert (config["optimizer"]["learning_rate"], config["optimizer"]["ema_decay"]) == (3e-4, 0.9)
+    assert (config["guidance_scale"], config["evaluation"]["steps"], config["evaluation"]["every"]) == (1.0, 40, 60)

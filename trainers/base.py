@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path as FilePath
@@ -30,10 +31,10 @@ from rewards.algebra import running_normalisers
 from rewards.base import Reward, as_reward
 from trainers.batch import Sampling
 from trainers.collection import Collection, Epoch
-from trainers.evaluation import Evaluation, Evaluator
+from trainers.evaluation import Asked, Evaluation, Evaluator
 from trainers.keeper import Checkpoints, Keeper
 from trainers.optim import Optimizer, PolicyOptimizer
-from trainers.state import State
+from trainers.state import Collected, State
 
 if TYPE_CHECKING:
     from trainers.preflight.family import Family
@@ -74,7 +75,7 @@ class Trainer(ABC):
         self.sampling, self.policy, self.evaluation, self.checkpoints = sampling, policy, evaluation, checkpoints
         self.epochs, self.updates_per_epoch, self.seed = epochs, updates_per_epoch, seed
         self.folder, self.on_invalid, self.log_with = FilePath(folder), on_invalid, tuple(log_with)
-        self.collection = Collection(self.model, self.reward, self.prompts, sampling, policy, seed)
+        self.collection = self.collector(self.reward)
         self.evaluator = Evaluator(self.model, self.reward, evaluation, sampling, seed)
         self.optimizer = PolicyOptimizer(self.model.trainable(), optimizer, self.model.scale_loss)
         self.normalisers = running_normalisers(self.reward)
@@ -102,6 +103,31 @@ class Trainer(ABC):
     def check_sampling(self, sampling: Sampling) -> None:
         """Raises: ValueError for what this kind of trainer cannot learn from; called before the model is loaded."""
 
+    def collector(self, reward: Reward) -> Collection:
+        """Makes an epoch's rollouts and scores them by this reward."""
+        return Collection(self.model, reward, self.prompts, self.sampling, self.policy, self.seed)
+
+    def prepare(self, run: Run, keeper: Keeper) -> None:
+        """What comes before the first epoch, or is taken up again where a run is gone on with; nothing by default."""
+        return
+
+    def sampler(self) -> AbstractContextManager[None]:
+        """While entered, the network is what samples are drawn by: the policy as it is."""
+        return nullcontext()
+
+    def evaluates(self) -> bool:
+        """Whether there is anything held out to evaluate on."""
+        return self.evaluator.prompts is not None
+
+    def judge(self, run: Run, asked: Asked) -> dict[str, float] | None:
+        """Log an evaluation and return its numbers, "held-out" among them; None where a stop was asked for."""
+        return self.evaluator.run(run, self.state.epoch, asked)
+
+    def held_out(self) -> str:
+        """Tells what is evaluated on from anything else."""
+        held = self.evaluator.prompts
+        return "none" if held is None else held.fingerprint()
+
     def mine(self, epoch: Epoch) -> range:
         """The micro-batches of `state.buffer` that are this process's."""
         return self.collection.mine(epoch)
@@ -114,16 +140,24 @@ class Trainer(ABC):
         """The names of the numbers of each sample to log the mean of."""
         return ()
 
+    def headline(self) -> tuple[str, ...]:
+        """The numbers of an epoch that its progress shows."""
+        return ("reward",)
+
+    def most_updates(self) -> int:
+        """How many optimizer steps an epoch can have, each of which has something to learn from."""
+        return len(self.collection.epoch(0).rows)
+
     def remarks(self) -> tuple[str, ...]:
         """What is told when a run starts, a line each: settings that may not do what they seem to."""
         return ()
 
     def _check(self) -> None:
-        epoch = self.collection.epoch(0)
-        if not 1 <= self.updates_per_epoch <= len(epoch.rows):
+        most = self.most_updates()
+        if not 1 <= self.updates_per_epoch <= most:
             raise ValueError(
-                f"updates_per_epoch must lie in 1 ... {len(epoch.rows)} (the rows of an epoch), "
-                f"not {self.updates_per_epoch}"
+                f"updates_per_epoch must lie in 1 ... {most} (what an epoch has to learn from), not "
+                f"{self.updates_per_epoch}"
             )
         if self.reward.card.scope == "set":
             raise ValueError("the reward scores a whole set of samples at once: it is for evaluation, not for training")
@@ -138,6 +172,23 @@ class Trainer(ABC):
                 f"{invalid} of {len(scores)} scores of epoch {epoch} are not valid; "
                 "mend the reward, or set on_invalid: drop"
             )
+
+    def fill(self, epoch: Epoch, keeper: Keeper | None, clean: bool = False) -> list[Collected]:
+        """This process's micro-batches of rollouts, of which those that `state.buffer` does not have are made.
+
+        Args:
+            clean: as of `Collection.collect`.
+        """
+        mine, buffer = self.mine(epoch), self.state.buffer
+        turns = -(-self.collection.micro_batches(epoch) // world_size())
+        for turn in range(turns):
+            if keeper is not None and not self.state.part:
+                keeper.poll("rollout", turn, turns)
+            if turn < len(mine) and mine[turn] not in buffer:
+                with self.sampler():
+                    buffer[mine[turn]] = self.collection.collect(epoch, mine[turn], clean)
+                self.state.spend(self.model.meter)
+        return [buffer[index] for index in mine]
 
     @property
     def sigmas(self) -> list[float]:
@@ -168,12 +219,14 @@ class Trainer(ABC):
             run.note("start", f"epoch {self.state.epoch} of {self.epochs} on {world_size()} processes")
             on_main(self._remark)
             self.evaluator.encode()
+            self.prepare(run, keeper)
             while True:
                 self._evaluate(run, keeper)
                 if self.state.epoch >= self.epochs and not self.state.part:
                     break
                 metrics = self._run_epoch(run, keeper)
-                shown = {"reward": metrics["reward"], "held-out": self._last("held-out"), "best": self.state.best}
+                judged = {"held-out": self._last("held-out"), "best": self.state.best}
+                shown = {name: metrics[name] for name in self.headline()} | judged
                 keeper.progress.update(self.sampling.groups * self.sampling.group_size, shown)
             keeper.progress.close()
             keeper.finish()
@@ -217,13 +270,13 @@ class Trainer(ABC):
         epoch, history = self.state.epoch, self.state.history
         due = epoch % self.evaluation.every == 0 or epoch == self.epochs
         new = not self.state.part and (not history or history[-1]["epoch"] < epoch)
-        return self.evaluator.prompts is not None and due and new
+        return self.evaluates() and due and new
 
     def _evaluate(self, run: Run, keeper: Keeper) -> None:
         if not self._evaluation_due():
             return
         with self.optimizer.averaged():
-            metrics = self.evaluator.run(run, self.state.epoch, partial(keeper.asked, "evaluation"))
+            metrics = self.judge(run, partial(keeper.asked, "evaluation"))
         if metrics is None:
             keeper.stop()
             return

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from flowalign.models.base import Model
 from flowalign.randomness import key_generator
 from flowalign.records import Condition, Scores, Size, Step
-from flowalign.schedules import Path, Plan
+from flowalign.schedules import Deterministic, Path, Plan
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Sampling:
     steps, guidance_scale, plan: of the rollout.
     """
 
-    plan: Plan
+    plan: Plan = Deterministic()
     groups: int = 48
     group_size: int = 24
     batch_size: int = 8
@@ -121,7 +122,8 @@ def valid_rows(scores: Scores) -> Scores:
 def parts_of(rows: int, steps: int, seed: int, epoch: int) -> list[Tensor]:
     """The rows of each of an epoch's optimizer steps: of so many neighbours one for each, drawn anew every epoch."""
     generator = key_generator(seed, "update_order", epoch)
-    turns = torch.from_numpy(generator.permuted([[*range(steps)]] * -(-rows // steps), axis=1).flatten())
+    each = np.tile(np.arange(steps), (-(-rows // steps), 1))
+    turns = torch.from_numpy(generator.permuted(each, axis=1).flatten())
     return [(turns[:rows] == step).nonzero().flatten() for step in range(steps)]
 
 
@@ -136,10 +138,18 @@ def means(scores: Scores) -> dict[str, float]:
 
 
 def summary(batch: Batch) -> dict[str, float]:
-    """What to log of an epoch's scores: means of the valid ones, spread within groups, groups with nothing to learn."""
-    told = means(batch.scores)
-    size = len(batch.group_ids.unique())
-    rows = zip(batch.scores.total.view(size, -1), batch.scores.valid.view(size, -1), strict=True)
+    """`summary_of` a batch's scores."""
+    return summary_of(batch.scores, len(batch.group_ids.unique()))
+
+
+def summary_of(scores: Scores, count: int) -> dict[str, float]:
+    """What to log of an epoch's scores: means of the valid ones, spread within groups, groups with nothing to learn.
+
+    Args:
+        count: of groups, whose samples follow one another.
+    """
+    told = means(scores)
+    rows = zip(scores.total.view(count, -1), scores.valid.view(count, -1), strict=True)
     groups = [total[valid] for total, valid in rows if valid.any()]
     several = [group for group in groups if len(group) > 1]
     spread = {

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.distributed import gather_text, rank, share, sum_over_ranks, world_size
-from flowalign.media import shown
+from flowalign.media import real_media, shown
 from flowalign.models.base import Model
 from flowalign.prompts import epoch_prompts
 from flowalign.randomness import key_noise, keyed_globals
-from flowalign.records import Condition, Prompts, PromptSet, Scores, Size, Step, join_steps
+from flowalign.records import Condition, Prompts, PromptSet, Scores, Size, Step, Trajectory, join_steps
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
 from rewards.base import Reward, join_scores
@@ -57,7 +57,7 @@ class Draw:
     """What rows of an epoch are drawn from.
 
     samples: (group, member) of each. told: what a reward is told of each of them. start: noise of each row.
-    step_noise: the noise of a step, of each sample.
+    step_noise: the noise of a step, of each sample. clean: latents of each sample's real media, encoded once.
     """
 
     samples: tuple[tuple[int, int], ...]
@@ -65,10 +65,13 @@ class Draw:
     condition: Condition
     start: Float[Tensor, p * d]
     step_noise: Callable[[int], Float[Tensor, b * d]]
+    clean: Callable[[], Float[Tensor, b * d]]
 
 
 class Collection:
     """Makes the micro-batches of an epoch. Each is the same whichever process makes it, to the last bit."""
+
+    keep_velocities = False  # of a rollout's stochastic steps, for `score`
 
     def __init__(
         self, model: Model, reward: Reward, prompts: PromptSet, sampling: Sampling, policy: Policy, seed: int
@@ -93,13 +96,17 @@ class Collection:
     def epoch(self, number: int) -> Epoch:
         """What the epoch samples."""
         sampling = self.sampling
-        path = sampling.plan.resolve(sampling.steps, number, self.seed)
+        path = self.path(number)
         chosen = epoch_prompts(len(self.prompts), sampling.groups, number, self.seed)
         members = 1 if path.branch is None else sampling.group_size
         firsts = range(0, sampling.group_size, members)
         groups, buckets = self._by_size(tuple(chosen), len(firsts))
         rows = tuple((g, m) for g in range(sampling.groups) for m in firsts)
         return Epoch(number, path, groups, rows, members, buckets)
+
+    def path(self, number: int) -> Path:
+        """What an epoch's rollouts do at each step."""
+        return self.sampling.plan.resolve(self.sampling.steps, number, self.seed)
 
     def _by_size(self, chosen: tuple[int, ...], rows: int) -> tuple[tuple[int, ...], tuple[Bucket, ...]]:
         """Prompts, those of one size together, and what that makes of rows, so many for each of them."""
@@ -131,11 +138,15 @@ class Collection:
         """The prompts of rows."""
         return self.told(epoch.prompts).rows([epoch.rows[row][0] for row in rows])
 
-    def collect(self, epoch: Epoch, index: int) -> Collected:
-        """One micro-batch, padded to the shape of the others so that its replay can have it too."""
+    def collect(self, epoch: Epoch, index: int, clean: bool = False) -> Collected:
+        """One micro-batch, padded to the shape of the others so that its replay can have it too.
+
+        Args:
+            clean: keep the latents that it ends at, instead of its stochastic steps.
+        """
         size = epoch.size_of(self.rows_of(epoch, range(index, index + 1)).start)
         with self.model.sized(size):
-            return self._collect(epoch, index, self.grids[size])
+            return self._collect(epoch, index, self.grids[size], clean)
 
     def draw(self, epoch: Epoch, rows: Sequence[int]) -> Draw:
         """What rows of one size are drawn from, that size being the model's; a row may come more than once."""
@@ -150,7 +161,12 @@ class Collection:
         compared = tuple(group for group, _ in samples)
         told = replace(self.told(epoch.prompts).rows(compared), groups=compared)
         condition = self.model.condition(self.told_rows(epoch, rows))
-        return Draw(samples, told, condition, torch.stack(starts).to(self.model.device), step_noise)
+
+        @cache
+        def clean() -> Tensor:
+            return self.model.encode_media(real_media(told, self.model.media_size(Size())))
+
+        return Draw(samples, told, condition, torch.stack(starts).to(self.model.device), step_noise, clean)
 
     def noise(
         self, epoch: Epoch, samples: Sequence[tuple[int, int]], purpose: str, number: int
@@ -159,7 +175,7 @@ class Collection:
         shape = self.model.latent_shape
         return torch.stack([key_noise(self.seed, purpose, epoch.number, g, m, number, shape=shape) for g, m in samples])
 
-    def _collect(self, epoch: Epoch, index: int, sigmas: list[float]) -> Collected:
+    def _collect(self, epoch: Epoch, index: int, sigmas: list[float], clean: bool) -> Collected:
         rows, members = [*self.rows_of(epoch, range(index, index + 1))], epoch.members
         padded = rows + [rows[-1]] * (self.sampling.batch_size - len(rows))
         with self.model.meter.phase("rollout"):
@@ -174,13 +190,20 @@ class Collection:
                 draw.step_noise,
                 members,
                 self.sampling.rows_per_call,
+                keep_velocities=self.keep_velocities,
             )
         kept = len(rows) * members
-        pixels, told = self.decode(made.latents[:kept]), draw.told.rows(range(kept))
-        with self.model.meter.phase("reward"), keyed_globals(self.seed, "reward", epoch.number, index):
-            scores = detached(self.reward(shown(pixels, told, self.model.fps), told))
+        scores = self.score(epoch, index, draw, made, kept)
+        if clean:
+            return Collected((), scores, made.latents[:kept].to(self.model.steps_device))
         steps = [step.rows(torch.arange(kept // step.members)).to(self.model.steps_device) for step in made.steps]
         return Collected(tuple(steps), scores)
+
+    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int) -> Scores:
+        """Of the first so many samples of a micro-batch; the others are padding."""
+        pixels, told = self.decode(made.latents[:kept]), draw.told.rows(range(kept))
+        with self.model.meter.phase("reward"), keyed_globals(self.seed, "reward", epoch.number, index):
+            return detached(self.reward(shown(pixels, told, self.model.fps), told))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Float[Tensor, "b *frames 3 h w"]:
@@ -208,6 +231,10 @@ class Collection:
             update = Rows(0, 2 * learnt) if both else Rows((calls - 1) * learnt, learnt)
             total += Rows(calls * sampled) + update + Rows(calls * learnt if reference else 0)
         return total
+
+    def scoring_rows(self, epoch: Epoch) -> Rows:
+        """The network rows that scoring the epoch's samples takes beside their rollouts."""
+        return Rows()
 
 
 def join_steps_of(parts: Sequence[Collected]) -> tuple[Step, ...]:

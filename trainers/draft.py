@@ -39,8 +39,6 @@ from trainers.optim import Optimizer
 from trainers.path_steps import Scored, repeated
 from trainers.reward_gradient import RewardGradientTrainer
 
-TINY = 0.1  # of a step of an even grid: with K = 1 such a last step takes ten times the learning rate, or more
-
 
 class DRaFT(RewardGradientTrainer):
     """DRaFT with a LoRA policy.
@@ -130,18 +128,6 @@ class DRaFT(RewardGradientTrainer):
         if not self.low_variance or not learnt:
             return super().step_rows(rows, step, learnt, onward)
         return super().step_rows(rows, step, False, False) + super().step_rows(rows * self.views, step, True, False)
-
-    def remarks(self) -> tuple[str, ...]:
-        sigmas, path = self.sigmas, self.collection.epoch(0).path
-        last, even = sigmas[-2] - sigmas[-1], (sigmas[0] - sigmas[-1]) / (len(sigmas) - 1)
-        if path.gradient_from < len(sigmas) - 2 or last >= TINY * even:
-            return ()
-        return (
-            f"only the last step has gradient, and it is tiny ({sigmas[-2]:.4f} to {sigmas[-1]:.4f}): the policy's "
-            f"gradient is scaled by {last:.4f}, and K = 1 hardly trains. Take sampling.plan LastSteps with count 2 or "
-            "more, a grid without that step (model.grid: flowalign.schedules.linear), or trainers.ReFL, which jumps to "
-            "the end from an earlier step",
-        )
 
 
 def path_kl(kl: KL, scored: Scored, policy: Policy) -> Float[Tensor, " b"]:

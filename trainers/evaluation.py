@@ -92,11 +92,14 @@ class Evaluator:
         if self.prompts is not None:
             self.model.encode(self.prompts.text, self.prompts.negatives())
 
-    def run(self, run: Run, epoch: int, asked: Asked = never) -> dict[str, float] | None:
+    def run(
+        self, run: Run, epoch: int, asked: Asked = never, beside: Mapping[str, float] | None = None
+    ) -> dict[str, float] | None:
         """Sample, score, log and save pictures; returns the metrics, "held-out" among them.
 
         Args:
             asked: whether to stop, called with how many calls of how many are done; if so, None is returned.
+            beside: numbers from elsewhere that are logged with them.
         """
         started = time.monotonic()
         made = self.sample(asked)
@@ -116,6 +119,7 @@ class Evaluator:
             "held-out/low": metrics["held-out"] - 1.96 * error,
             "held-out/high": metrics["held-out"] + 1.96 * error,
         }
+        metrics |= beside or {}
         run.log(epoch, metrics | {"time/evaluation": round(time.monotonic() - started, 4)})
         on_main(lambda: self._write(run, epoch, made))
         return metrics

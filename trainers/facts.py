@@ -18,12 +18,11 @@ FIXED = ("trainer", "seed", "updates_per_epoch", "evaluation.prompts", "held_out
 
 def facts(trainer: Trainer, config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Of a trainer, as they are kept with a checkpoint; plain data."""
-    held_out = trainer.evaluator.prompts
     held: dict[str, Any] = {
         "seed": trainer.seed,
         "updates_per_epoch": trainer.updates_per_epoch,
         "prompts": trainer.prompts.fingerprint(),
-        "held_out": "none" if held_out is None else held_out.fingerprint(),
+        "held_out": trainer.held_out(),
         "sampling": repr(trainer.sampling),
         "optimizer": repr(trainer.optimizer.settings),
     }

@@ -80,6 +80,9 @@ class InstructVideo(RewardGradientTrainer):
     def first_step(self) -> int:
         return first_below(self.sigmas, self.start)
 
+    def needs_media(self) -> bool:
+        return True
+
     def rollout(self, epoch: Epoch, draw: Draw, sigmas: list[float]) -> Drawn:
         first, path = first_below(sigmas, self.start), epoch.path
         clean = self.model.encode_media(real_media(draw.told, self._size()))

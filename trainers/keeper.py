@@ -124,8 +124,10 @@ class Keeper:
         name = f"step-{state.epoch * self.trainer.updates_per_epoch + state.part:08d}"
         if int(held) and not state.part:
             return f"{name}-rollout-{int(held):06d}"
-        evaluated = not state.part and state.history and state.history[-1]["epoch"] == state.epoch
-        return f"{name}-evaluated" if evaluated else name
+        if not state.part and state.history and state.history[-1]["epoch"] == state.epoch:
+            return f"{name}-evaluated"
+        calibrated = 0 if state.epoch or state.part else len(state.noise.get("rounds", ()))
+        return f"{name}-calibration-{calibrated:06d}" if calibrated else name
 
     def _kept(self) -> set[str]:
         good = [name for name in checkpoint.names(self.folder) if name not in self._broken]

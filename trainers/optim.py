@@ -148,8 +148,18 @@ class PolicyOptimizer:
         if not self.average:
             yield
             return
-        kept = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self._set(self.average)
+        with self.holding(self.average):
+            yield
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The policy's weights as they are now."""
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    @contextmanager
+    def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """While entered, the policy's weights are these. What has been computed with gradient before is void then."""
+        kept = self.snapshot()
+        self._set(values)
         try:
             yield
         finally:

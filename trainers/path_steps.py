@@ -19,7 +19,7 @@ from flowalign.differentiate import Drawn, Visit, reference_velocity
 from flowalign.distributed import rank, share, world_size
 from flowalign.media import shown
 from flowalign.randomness import keyed_globals
-from flowalign.records import Condition, Prompts, Scores
+from flowalign.records import Condition, Maps, Prompts, Scores
 from rewards.base import join_scores
 from trainers.batch import detached, parts_of
 from trainers.collection import Epoch, gather_scores
@@ -38,11 +38,13 @@ class Scored:
     """What a loss is made of: the reward of each picture, 0 where it has none, and the steps with gradient.
 
     references: the reference's velocity at each of those steps; none where the loss does not read it.
+    maps: what the reward has seen at each pixel, where it tells.
     """
 
     rewards: Float[Tensor, " b"]
     visits: tuple[Visit, ...]
     references: tuple[Tensor, ...] = ()
+    maps: Maps | None = None
 
 
 class PathSteps(OptimizerSteps):
@@ -145,7 +147,7 @@ class PathSteps(OptimizerSteps):
                 f"{self.trainer.reward.name} says that it is differentiable, but its scores carry no gradient to the "
                 "pixels"
             )
-        return Scored(rewards, drawn.visits, references)
+        return Scored(rewards, drawn.visits, references, scores.maps)
 
     def _backward(
         self, scored: Scored, beside: Tensor | None, known: Tensor, samples: Tensor, total: int, watch: Watch
@@ -183,6 +185,11 @@ def scores_of(seen: Sequence[dict[str, Any]]) -> Scores:
     """Those of an epoch's samples, from the record of its optimizer steps."""
     kept = [row["scores"] for row in seen]
     return join_scores([one if isinstance(one, Scores) else Scores(**one) for one in kept])
+
+
+def in_turn(first: Tensor, second: Tensor) -> Tensor:
+    """The rows of both, the first of one next to the first of the other."""
+    return torch.stack([first, second], 1).flatten(0, 1)
 
 
 def repeated(condition: Condition, times: int) -> Condition:

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.accounting import Rows
-from flowalign.distributed import world_size
 from flowalign.records import Interval, Scores
 from flowalign.rollout import Replay
 from flowalign.schedules import GradientPlan, Path
@@ -21,6 +20,7 @@ from trainers.base import Trainer, Worked
 from trainers.batch import Batch, Sampling, summary, valid_rows
 from trainers.collection import Epoch, gather_scores, join_steps_of
 from trainers.keeper import Keeper
+from trainers.state import Collected
 from trainers.update import Update
 from trainers.watch import histogram
 
@@ -66,7 +66,8 @@ class PolicyTrainer(Trainer):
         return PolicyFamily(self)
 
     def needed(self, epoch: Epoch) -> Rows:
-        return self.collection.needed(epoch, self.trained_steps(epoch.path), self.needs_reference())
+        made = self.collection.needed(epoch, self.trained_steps(epoch.path), self.needs_reference())
+        return made + self.collection.scoring_rows(epoch)
 
     def check_sampling(self, sampling: Sampling) -> None:
         if sampling.group_size < 2:
@@ -96,7 +97,7 @@ class PolicyTrainer(Trainer):
         return Worked(metrics, batch.scores, self._histograms(batch))
 
     def _histograms(self, batch: Batch) -> dict[str, tuple[float, list[int]]]:
-        known = batch.advantages[batch.weights > 0]
+        known = batch.advantages[batch.weights > 0].flatten()
         limit = max(float(known.abs().max()), 1e-6)
         found = {"advantages": (limit, [int(count) for count in histogram(known, limit)])}
         if "log_ratio" in self.watched():
@@ -109,18 +110,10 @@ class PolicyTrainer(Trainer):
         epoch = self.collection.epoch(number)
         if keeper is None:
             self.state.buffer = {}
-        mine, buffer = self.collection.mine(epoch), self.state.buffer
-        turns = -(-self.collection.micro_batches(epoch) // world_size())
-        for turn in range(turns):
-            if keeper is not None and not self.state.part:
-                keeper.poll("rollout", turn, turns)
-            if turn < len(mine) and mine[turn] not in buffer:
-                buffer[mine[turn]] = self.collection.collect(epoch, mine[turn])
-                self.state.spend(self.model.meter)
-        return self._batch(epoch, mine)
+        return self._batch(epoch, self.fill(epoch, keeper))
 
-    def _batch(self, epoch: Epoch, mine: range) -> Batch:
-        rows, parts = self.collection.rows_of(epoch, mine), [self.state.buffer[index] for index in mine]
+    def _batch(self, epoch: Epoch, parts: list[Collected]) -> Batch:
+        rows = self.collection.rows_of(epoch, self.mine(epoch))
         samples = range(rows.start * epoch.members, rows.stop * epoch.members)
         group_ids = torch.arange(self.sampling.groups).repeat_interleave(self.sampling.group_size)
         scores = gather_scores([part.scores for part in parts], samples, len(group_ids))

@@ -3,7 +3,7 @@
     L = lambda E[ phi(r(x0hat(x_t), c)) ],   x0hat = x_t - t v(x_t),   t of a random late step                (eq. 3)
     phi(r) = relu(margin - r)
 
-The paper adds a pre-training loss, here mu ||v(x_s, s) - (e - x_0)||^2 of real media x_0; its code leaves that out.
+The paper adds a pre-training loss, here mu times the network's own of real media; the authors' code leaves that out.
 Steps before it have no gradient, later ones are not made (plan `LateStep`). margin 2, lambda 1e-3 and steps 30 to 39 of
 40 without guidance are the authors' code's, for ImageReward; a reward of another scale needs a margin of its own.
 """
@@ -13,21 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.accounting import Rows
-from flowalign.differentiate import velocity_at
-from flowalign.media import real_media
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData
 from flowalign.randomness import key_generator
-from flowalign.records import Size
 from flowalign.rollout import Policy
-from flowalign.schedules import LateStep
+from flowalign.schedules import LateStep, Path
 from flowalign.tracking import TrackerName
-from flowalign.transitions import mean_of_elements
 from rewards.base import Reward
 from trainers.batch import Sampling
 from trainers.collection import Draw, Epoch
@@ -35,6 +32,7 @@ from trainers.evaluation import Evaluation
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
 from trainers.path_steps import Scored
+from trainers.pretraining import pretraining_loss
 from trainers.reward_gradient import RewardGradientTrainer
 
 
@@ -96,19 +94,23 @@ class ReFL(RewardGradientTrainer):
         return self.coefficient * hinge(scored.rewards, self.margin)
 
     def beside(self, epoch: Epoch, draw: Draw) -> Float[Tensor, " b"] | None:
-        """mu ||v(x_s, s) - (e - x_0)||^2 of each prompt's real media, x_s = (1 - s) x_0 + s e."""
+        """mu times the pre-training loss of each prompt's real media, at one sigma for all."""
         if not self.pretraining:
             return None
-        clean = self.model.encode_media(real_media(draw.told, self.model.media_size(Size())))
-        noise = self.collection.noise(epoch, draw.samples, "pretraining", 0).to(clean.device)
+        clean, noise = draw.clean(), self.collection.noise(epoch, draw.samples, "pretraining", 0)
         points = key_generator(self.seed, "pretraining_sigma", epoch.number, self.state.part)
-        sigma = float(points.choice(self.sigmas[:-1]))
-        noised = (1 - sigma) * clean + sigma * noise
-        velocity = velocity_at(self.model, noised, sigma, draw.condition, Policy(), self.recompute)
-        return self.pretraining * mean_of_elements((velocity - (noise - clean)).square())
+        sigmas = torch.full((len(clean),), float(points.choice(self.sigmas[:-1])), dtype=torch.float64)
+        losses = pretraining_loss(self.model, clean, noise, sigmas, draw.condition, self.recompute)
+        return self.pretraining * losses
 
     def needed(self, epoch: Epoch) -> Rows:
         return super().needed(epoch) + (Rows(0, len(epoch.rows)) if self.pretraining else Rows())
+
+    def kept_calls(self, path: Path) -> int:
+        return super().kept_calls(path) + (self.pretraining > 0)
+
+    def needs_media(self) -> bool:
+        return self.pretraining > 0
 
     def watched(self) -> tuple[str, ...]:
         return (*super().watched(), "satisfied")

@@ -14,16 +14,20 @@ from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.differentiate import Drawn, differentiable_rollout
+from flowalign.records import Scores
 from flowalign.schedules import GradientPlan, Path
 from rewards.base import Combination, Reward
 from trainers.base import Trainer, Worked
 from trainers.batch import Sampling, means
 from trainers.collection import Draw, Epoch
+from trainers.named_files import check_images, check_media, check_references
 from trainers.path_steps import PathSteps, Scored, scores_of
 
 if TYPE_CHECKING:
     from trainers.keeper import Keeper
     from trainers.preflight.family import Family
+
+TINY = 0.1  # of a step of an even grid: with K = 1 such a last step takes ten times the learning rate, or more
 
 
 class RewardGradientTrainer(Trainer):
@@ -39,6 +43,10 @@ class RewardGradientTrainer(Trainer):
     @abstractmethod
     def loss(self, scored: Scored) -> Float[Tensor, " b"]:
         """The objective of each picture, not yet averaged."""
+
+    def picture_loss(self, scores: Scores) -> Float[Tensor, " b"]:
+        """What a check goes back through from each picture's score, where the loss takes more memory than the score."""
+        return scores.total
 
     def watch(self, scored: Scored, losses: Float[Tensor, " b"]) -> dict[str, Float[Tensor, " b"]]:
         """What is `watched`, of each picture."""
@@ -70,6 +78,30 @@ class RewardGradientTrainer(Trainer):
     def trained_steps(self, path: Path) -> tuple[int, ...]:
         """The steps with gradient."""
         return tuple(range(path.gradient_from, len(path.transitions)))
+
+    def kept_calls(self, path: Path) -> int:
+        """Guided calls of a micro-batch that its backward pass goes through, which is what it keeps in memory.
+
+        The reference's at a step's latents is one of them, but for the first step, whose latents have no gradient.
+        """
+        learnt = len(self.trained_steps(path))
+        return 2 * learnt - 1 if self.needs_reference() else learnt
+
+    def needs_media(self) -> bool:
+        """Whether every prompt has to name a real picture or video, as "media" in its record."""
+        return False
+
+    def remarks(self) -> tuple[str, ...]:
+        sigmas, path = self.sigmas, self.collection.epoch(0).path
+        last, even = sigmas[-2] - sigmas[-1], (sigmas[0] - sigmas[-1]) / (len(sigmas) - 1)
+        if path.cut is not None or path.gradient_from < len(sigmas) - 2 or last >= TINY * even:
+            return ()
+        return (
+            f"only the last step has gradient, and it is tiny ({sigmas[-2]:.4f} to {sigmas[-1]:.4f}): the policy's "
+            f"gradient is scaled by {last:.4f}, and K = 1 hardly trains. Take sampling.plan LastSteps with count 2 or "
+            "more, a grid without that step (model.grid: flowalign.schedules.linear), or trainers.ReFL, which jumps to "
+            "the end from an earlier step",
+        )
 
     def preflight(self) -> Family:
         from trainers.preflight.reward_gradient import RewardGradientFamily
@@ -122,6 +154,13 @@ class RewardGradientTrainer(Trainer):
                 f"{self.reward.name} compares samples with one another; {type(self).__name__} needs a reward that "
                 "scores each sample on its own"
             )
+        if self.needs_media():
+            check_media(self.prompts, self.model.fps is not None)
+        for prompts in (self.prompts, self.evaluator.prompts):
+            if prompts is not None:
+                check_references(prompts)
+            if prompts is not None and self.model.takes_image:
+                check_images(prompts)
 
     def work(self, keeper: Keeper) -> Worked:
         epoch = self.collection.epoch(self.state.epoch)

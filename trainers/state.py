@@ -15,10 +15,11 @@ from flowalign.records import Interval, Scores, Step
 
 @dataclass(frozen=True)
 class Collected:
-    """A scored micro-batch of rollouts, without its padding."""
+    """A scored micro-batch of rollouts, without its padding: its stochastic steps, or the latents it has ended at."""
 
     steps: tuple[Step, ...]
     scores: Scores
+    latents: Tensor | None = None
 
 
 @dataclass
@@ -32,6 +33,8 @@ class State:
     rows, seconds: the present epoch's costs so far, on this process.
     clock: seconds since the run's start. logs: sizes of its logs in bytes.
     normalisers: statistics of the reward's running normalisers, by name.
+    noise: of a trainer that calibrates the noise of its steps, where that stands: see `trainers.noise_calibration`.
+    older: an older policy that a trainer samples by or compares with; empty for what the run has started from.
     policy, average, moments, steps, scaler: the optimizer's, see `trainers.optim.PolicyOptimizer`.
     """
 
@@ -49,8 +52,10 @@ class State:
     logs: dict[str, int] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     normalisers: dict[str, dict[str, float]] = field(default_factory=dict)
+    noise: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
+    older: dict[str, Tensor] = field(default_factory=dict)
     moments: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: Rows = Rows()
     buffer: dict[int, Collected] = field(default_factory=dict)
@@ -93,4 +98,5 @@ class State:
 def _collected(tree: Mapping[str, Any], device: torch.device | str) -> Collected:
     names = ("latents", "latents_next", "log_probs")
     steps = [Step(Interval(**one["interval"]), *(one[name].to(device) for name in names)) for one in tree["steps"]]
-    return Collected(tuple(steps), Scores(**tree["scores"]))
+    latents = tree.get("latents")  # not in checkpoints of before there were any
+    return Collected(tuple(steps), Scores(**tree["scores"]), None if latents is None else latents.to(device))

@@ -102,10 +102,10 @@ class Update(OptimizerSteps):
         condition = batch.condition(trainer.model, padded.tolist())
         places = padded - part.rows[0]  # a process's rows follow one another
         for at, step in enumerate(part.steps):
-            advantages = batch.advantages[samples]
-            advantages = advantages if advantages.ndim == 1 else advantages[:, at]
             if step.interval.index not in self.trained:
                 continue
+            advantages = batch.advantages[samples]
+            advantages = advantages if advantages.ndim == 1 else advantages[:, at]
             if not trainer.needs_reference() and not (advantages * weights).any():
                 continue  # nothing to learn from: no call
             apart = batch.members // step.members  # rows of this call for each of the batch's

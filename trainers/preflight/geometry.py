@@ -21,7 +21,8 @@ class Geometry:
     """How an epoch's rows are shared out.
 
     rows: of trained network calls, each with `members` samples. shares: micro-batches of each process's rollouts.
-    update_shares: those of its update, all optimizer steps together.
+    update_shares: those of its update, all optimizer steps together. taken: samples that the update takes, 0 for all.
+    drawn: whether the samples are rollouts, or stored.
     """
 
     groups: int
@@ -32,6 +33,8 @@ class Geometry:
     updates: int
     shares: tuple[int, ...]
     update_shares: tuple[int, ...]
+    taken: int = 0
+    drawn: bool = True
 
     @property
     def samples(self) -> int:
@@ -46,7 +49,12 @@ class Geometry:
     @property
     def update_padding(self) -> float:
         """The same of the update's calls, which are cut once more into optimizer steps."""
-        return sum(self.update_shares) * self.batch_size / self.rows - 1
+        return sum(self.update_shares) * self.batch_size / (self.taken or self.rows) - 1
+
+    @property
+    def learnt(self) -> int:
+        """Samples that the update takes."""
+        return self.taken or self.samples
 
 
 def geometry(trainer: Trainer, processes: int = 1, batch_size: int | None = None) -> Geometry:

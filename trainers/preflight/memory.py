@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from flowalign.media import shown
 from flowalign.memory_estimate import (
     Activations,
     activations,
@@ -25,6 +24,7 @@ from flowalign.models.memory import Memory
 from flowalign.models.pipeline import PipelineModel
 from flowalign.records import Condition
 from trainers.preflight.geometry import Geometry
+from trainers.preflight.seeing import Loss, seeing
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -88,10 +88,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of the run as it is, and of each card."""
+    """Of the run as it is, and of each card. with_reward: whether the reward's activations are counted, if any are."""
 
     needs: Needs
     fits: tuple[Fit, ...]
+    with_reward: bool = True
 
 
 def predict(trainer: Trainer, cut: Geometry) -> Prediction | None:
@@ -115,7 +116,7 @@ def predict(trainer: Trainer, cut: Geometry) -> Prediction | None:
                 least, said = made, len(choice.changed)
             if least.fits(CARDS[0]):
                 break
-    return Prediction(own, tuple(_fit(own, path, card) for card in CARDS))
+    return Prediction(own, tuple(_fit(own, path, card) for card in CARDS), passing.with_reward)
 
 
 def _fit(own: Needs, path: list[tuple[str, Needs]], card: int) -> Fit:
@@ -169,7 +170,8 @@ class Passing:
         self.model, self.rows, self.whole = model, most_rows, trainer.sampling.batch_size
         self.policy, self.per_call = trainer.policy, trainer.sampling.rows_per_call
         self._prompts, self._reward = trainer.collection.told_rows(trainer.collection.epoch(0), [0]), trainer.reward
-        self._told = model.encode(self._prompts.text)
+        self._told = model.condition(self._prompts)
+        self.with_reward = True  # unless it could not be run on fakes
         self.activations = lru_cache(self._activations)
         self.sampling = lru_cache(self._sampling)
         self.decoding = lru_cache(partial(decode_peak, model))
@@ -186,14 +188,11 @@ class Passing:
         one = activations(self.model, self._repeated(rows), checkpointing, precision, scale)
         return Activations(both * one.saved, both * one.peak)
 
-    def _seeing(self, rows: int) -> int:
-        """Bytes of decoding so many latents and scoring the pictures, with gradient."""
-        told = self._prompts.rows([0] * rows)
-
-        def score(pixels: torch.Tensor) -> torch.Tensor:
-            return self._reward(shown(pixels, told, self.model.fps), told, grad=True).total
-
-        return decode_peak(self.model, rows, score)
+    def _seeing(self, rows: int, loss: Loss) -> int:
+        """Bytes of decoding so many latents and scoring the pictures, with gradient; see `seeing`."""
+        found = seeing(self.model, self._reward, self._prompts, rows, loss)
+        self.with_reward = self.with_reward and found.with_reward
+        return found.peak
 
     def _sampling(self, rows: int, precision: torch.dtype) -> int:
         return sampling_peak(self.model, self._repeated(rows), precision, self.policy.guidance_scale)
@@ -235,7 +234,7 @@ def _most_rows(trainer: Trainer, cut: Geometry) -> int:
 
 def resident(name: str, part: nn.Module, model: PipelineModel, choice: Switches) -> int:
     """Bytes of a component's frozen weights on the device."""
-    network, encoder = part is model.module, name.startswith("text_encoder")
+    network, encoder = name in (model.network_name, *model.beside), name.startswith("text_encoder")
     if not network and not encoder:
         return stored_bytes([*part.parameters(), *part.buffers()])
     read = None if choice.precision == model.dtype and encoder else choice.precision

@@ -17,14 +17,14 @@ from flowalign.report.formats import percent
 from flowalign.transitions import ODE, Transition
 from rewards.base import join_scores
 from trainers.batch import Batch, Bucket, valid_rows
-from trainers.collection import Collection, Epoch, join_steps_of
+from trainers.collection import Epoch, join_steps_of
 from trainers.preflight import policy_findings as findings
 from trainers.preflight.costs import Phases, Trial
 from trainers.preflight.family import Family, Lines
 from trainers.preflight.findings import spread
 from trainers.preflight.geometry import Geometry, PlannedStep, looked_at, padded
 from trainers.preflight.problems import Found
-from trainers.preflight.trial import Learning, Rollouts, Seen, caption, gradient_norm, same, timed
+from trainers.preflight.trial import Learning, Rollouts, caption, gradient_norm, sample_first, timed
 from trainers.state import Collected
 from trainers.update import Update
 from trainers.watch import Watch
@@ -73,7 +73,7 @@ class PolicyFamily(Family):
         needed = trainer.collection.needed
         both, rollouts = needed(updated, trained, reference), needed(updated, (), False)
         update = Rows(both.forward - rollouts.forward, both.gradient)
-        return needed(rolled, (), False) + update
+        return needed(rolled, (), False) + update + trainer.collection.scoring_rows(epoch)
 
     def of_settings(self, cut: Geometry, steps: tuple[PlannedStep, ...]) -> list[Found]:
         return [
@@ -92,30 +92,20 @@ class PolicyFamily(Family):
 
     def roll_out(self) -> Rollouts:
         """The micro-batches that hold the first group."""
-        trainer, reward = self.trainer, Seen(self.trainer.reward)
-        model = trainer.model
-        collection = Collection(model, reward, trainer.prompts, trainer.sampling, trainer.policy, trainer.seed)
-        epoch = collection.epoch(0)
-        per_group = trainer.sampling.group_size // epoch.members
-        before = collection.collect(epoch, 0)
-        reward.pixels.clear()
-        model.meter.take()
-        parts = [collection.collect(epoch, index) for index in range(-(-per_group // trainer.sampling.batch_size))]
-        _, rows, seconds = model.meter.take()
-        made = sum(len(part.scores) for part in parts)
-        batch = self.first_groups(parts)
+        made = sample_first(self.trainer)
+        batch = self.first_groups(made.parts)
         advantages = batch.advantages.reshape(len(batch.advantages), -1).mean(1)
         return Rollouts(
             batch,
             advantages,
             batch.texts[0],
             tuple(caption(f"advantage {float(one):+.2f}   ", batch.scores, i) for i, one in enumerate(advantages)),
-            torch.cat(reward.pixels)[: trainer.sampling.group_size].float() / 255,
-            reward.first[0],
-            same(before.scores, parts[0].scores),
-            seconds["rollout"] / rows.forward,
-            seconds["decode"] / made,
-            seconds["reward"] / made,
+            made.pixels,
+            made.medium,
+            made.repeatable,
+            made.seconds_per_row,
+            made.seconds_per_decode,
+            made.seconds_per_score,
         )
 
     def first_groups(self, parts: list[Collected]) -> Batch:
@@ -166,9 +156,9 @@ class PolicyFamily(Family):
     def phases(self, cut: Geometry, trial: Trial) -> Phases:
         trainer, made, epochs = self.trainer, trial.rollouts, looked_at(self.trainer)
         size, turns, update_turns = trainer.sampling.batch_size, max(cut.shares), max(cut.update_shares)
-        rows = fmean(
-            trainer.collection.needed(padded(epoch, turns * size), (), False).forward for epoch in epochs
-        )  # padding included
+        rolled = [padded(epoch, turns * size) for epoch in epochs]
+        needed, scoring = trainer.collection.needed, trainer.collection.scoring_rows
+        rows = fmean(needed(epoch, (), False).forward + scoring(epoch).forward for epoch in rolled)  # padding included
         trained = fmean(len(trainer.trained_steps(epoch.path)) for epoch in epochs)
         samples = min(turns * size, cut.rows) * cut.members
         return Phases(

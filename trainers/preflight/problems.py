@@ -174,6 +174,8 @@ def _seldom_evaluated(trainer: Trainer) -> Found:
 
 def _held_out(trainer: Trainer) -> Found:
     prompts = trainer.evaluator.prompts
+    if prompts is None and trainer.evaluates():
+        return None
     if prompts is None:
         return warning(
             "there is no evaluation.prompts: nothing will tell whether the policy got better on prompts that it is "

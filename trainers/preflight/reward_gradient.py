@@ -56,7 +56,7 @@ class RewardGradientFamily(Family):
 
     def planned_steps(self, epochs: tuple[Epoch, ...]) -> tuple[PlannedStep, ...]:
         found = []
-        for interval in intervals(self.trainer.sigmas):
+        for interval in intervals(self.trainer.sigmas)[self.trainer.first_step() :]:
             at, noise, weights, trained = interval.index, 0.0, [0.0], 0
             for epoch in epochs:
                 grid = intervals(epoch.path.grid(self.trainer.sigmas))
@@ -174,16 +174,20 @@ class RewardGradientFamily(Family):
     def learning_bytes(self, choice: Switches, passing: Passing) -> int:
         """Of one call where steps are made anew, of all with gradient where they are not; or of decoder and reward."""
         rows = choice.batch_size * self.trainer.views
-        many = max(len(self.trainer.trained_steps(epoch.path)) for epoch in looked_at(self.trainer))
+        many = max(self.trainer.kept_calls(epoch.path) for epoch in looked_at(self.trainer))
         call = passing.activations(rows, choice.gradient_checkpointing, choice.precision)
-        seeing = passing.seeing(rows)
+        seeing = passing.seeing(rows, self.trainer.picture_loss)
         latents = 3 * many * rows * self.trainer.collection.largest * 4
         if self.trainer.recompute:
             return max(call.peak, seeing) + latents
         return many * call.saved + max(call.peak - call.saved, seeing) + latents
 
     def plan_lines(self, steps: tuple[PlannedStep, ...]) -> Lines:
-        shown: Lines = [("", "sigma                noise     gradient  scaled by")] if steps else []
+        first, sigmas = self.trainer.first_step(), self.trainer.sigmas
+        many = f"the first {first} of {len(sigmas) - 1} steps are"
+        apart = f"{many} not made: the chain starts from real media, noised to sigma {sigmas[first]:.4f}"
+        shown: Lines = [("", apart)] if first else []
+        shown += [("", "sigma                noise     gradient  scaled by")] if steps else []
         for step in steps:
             span = f"{step.interval.sigma:.4f} to {step.interval.sigma_next:.4f}"
             noise = f"{step.std:<9.4g}" if step.std else "no       "

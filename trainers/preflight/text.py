@@ -95,7 +95,7 @@ def _geometry(found: Preflight) -> Lines:
         ("prompts", f"{count(total)}, and {trainer.epochs} epochs take {taken}"),
         ("rows", f"{count(cut.rows)}, each {a_row}"),
         ("micro-batches", f"{sum(cut.shares)} of {cut.batch_size} rows, {percent(cut.rollout_padding)} padding"),
-        ("optimizer steps", f"{cut.updates} of {number(cut.samples / cut.updates)} samples; {count(steps)} in the run"),
+        ("optimizer steps", f"{cut.updates} of {number(cut.learnt / cut.updates)} samples; {count(steps)} in the run"),
         ("update", f"{_many(sum(cut.update_shares))}, {percent(cut.update_padding)} padding"),
     ]
     return shown + [_split(found, processes) for processes in sorted({2, 4, 8, len(cut.shares)} - {1})]
@@ -119,7 +119,8 @@ def _plan(found: Preflight) -> Lines:
     trainer = found.trainer
     noisy = [kind for kind in trainer.collection.epoch(0).path.transitions if not isinstance(kind, ODE)]
     kinds = {type(kind).__name__: kind for kind in noisy}
-    return [("noise", ", ".join(map(repr, kinds.values()))), *trainer.preflight().plan_lines(found.steps)]
+    noise = ", ".join(map(repr, kinds.values())) or "none: all steps are the ODE's"
+    return [("noise", noise), *trainer.preflight().plan_lines(found.steps)]
 
 
 def _calls(found: Preflight) -> Lines:
@@ -132,7 +133,7 @@ def _calls(found: Preflight) -> Lines:
         shown.append((label, f"{many}{count(fmean(values))}; the fewest possible {count(fmean(least))}"))
     ratio = sum(one.cost for one in spent) / sum(one.cost for one in floor)
     shown.append(("work", f"{ratio:.2f} times the fewest possible, a row with gradient counted as 3"))
-    shown.append(("pictures decoded", count(found.cut.samples)))
+    shown.append(("pictures decoded", count(found.cut.samples if found.cut.drawn else 0)))
     if len(spent) == LOOKED_AT:
         shown.append(("", f"of the first {LOOKED_AT} epochs"))
     return shown
@@ -196,6 +197,8 @@ def _memory(found: Preflight) -> Lines:
         ("encoding prompts", size(needs.encoding)),
         ("at most at once", f"{size(needs.total)}; activations, sampling, decoding and encoding take turns"),
     ]
+    blind = f"activations are without those of {found.trainer.reward.name}, which cannot be predicted"
+    shown += [] if found.memory.with_reward else [("", blind)]
     return [line for line in shown if not line[1].startswith("0 B")] + [_card(fit) for fit in found.memory.fits]
 
 

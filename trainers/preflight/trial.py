@@ -29,6 +29,7 @@ from flowalign.transitions import ODE
 from flowalign.videos import stills
 from rewards.base import Reward
 from trainers.batch import Batch, detached
+from trainers.state import Collected
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -123,6 +124,47 @@ class Encoding:
 
     seconds: float
     size: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The micro-batches that hold the first group, and what is told of them, as in `Rollouts`."""
+
+    parts: list[Collected]
+    pixels: Float[Tensor, "g 3 h w"]
+    medium: UInt8[Tensor, "*frames 3 height width"]
+    repeatable: bool
+    seconds_per_row: float
+    seconds_per_decode: float
+    seconds_per_score: float
+
+
+def sample_first(trainer: Trainer, clean: bool = False) -> Sampled:
+    """Roll out and score the first group: the first micro-batch once to warm up, then all of them to be measured.
+
+    Args:
+        clean: as of `Collection.collect`.
+    """
+    reward, model, size = Seen(trainer.reward), trainer.model, trainer.sampling.group_size
+    collection = trainer.collector(reward)
+    epoch = collection.epoch(0)
+    with trainer.sampler():
+        before = collection.collect(epoch, 0, clean)
+        reward.pixels.clear()
+        model.meter.take()
+        many = -(-(size // epoch.members) // trainer.sampling.batch_size)
+        parts = [collection.collect(epoch, index, clean) for index in range(many)]
+    _, rows, seconds = model.meter.take()
+    made = sum(len(part.scores) for part in parts)
+    return Sampled(
+        parts,
+        torch.cat(reward.pixels)[:size].float() / 255,
+        reward.first[0],
+        same(before.scores, parts[0].scores),
+        (seconds["rollout"] + seconds.get("completion", 0.0)) / rows.forward,
+        seconds["decode"] / made,
+        seconds["reward"] / made,
+    )
 
 
 def encode_some(trainer: Trainer) -> Encoding:
