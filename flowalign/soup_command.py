@@ -11,6 +11,7 @@ from flowalign.cli import add_command, say
 from flowalign.config import ConfigError, load_yaml, read_options
 
 if TYPE_CHECKING:
+    from flowalign.lora_files import LoRAFile
     from flowalign.sample import Request
     from flowalign.soup_sweep import Sweep
 
@@ -60,7 +61,7 @@ def add_soup(commands: Any) -> None:
     merging.add_argument("--any-weights", action="store_true", help="also below 0, or of another sum: extrapolation")
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument("--sweep", type=int, metavar="N", help="points along each edge of the simplex")
-    sweep.add_argument("--reward", action="append", metavar="R", help="a dotted path or a formula")
+    sweep.add_argument("--reward", action="append", metavar="R", help="a dotted path, a formula, or {class: ...}")
     sweep.add_argument("--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file")
     sweep.add_argument("--model", metavar="TARGET", help="a run, or a pipeline as in sample; by default the first run")
     sweep.add_argument("--steps", type=int, help="the run's own by default, otherwise 28")
@@ -108,15 +109,26 @@ def _average(arguments: argparse.Namespace, weights: Sequence[float]) -> None:
 
 
 def _merge(arguments: argparse.Namespace, weights: Sequence[float]) -> None:
+    from flowalign.lora_files import read_lora
     from flowalign.soups import merge_loras
 
     _check_bases(arguments.members)
+    _tell_idle([read_lora(member) for member in arguments.members])
     made = merge_loras(arguments.members, weights, arguments.out, arguments.rank, arguments.any_weights)
     low, high = made.ranks
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     told = "exact" if not made.error else f"relative error {made.error:.3g}"
     say(f"merged {len(weights)} policies: {ranks}, {told}")
     print(arguments.out)
+
+
+def _tell_idle(members: Sequence[LoRAFile]) -> None:
+    for member in members:
+        if not any(one.up.any() and one.down.any() for one in member.factors.values()):
+            say(
+                f"{member.path} is 0, as before training, and changes nothing: perhaps the run's best policy is its "
+                "first; a later one is in its checkpoints (checkpoints/step-.../lora)"
+            )
 
 
 def _check_bases(members: Sequence[str]) -> None:
@@ -147,13 +159,14 @@ def _sweep(arguments: argparse.Namespace, words: list[str]) -> None:
     _check_bases(arguments.members)
     members = [read_lora(member) for member in arguments.members]
     check_alike(members)
+    _tell_idle(members)
     request = _request(arguments, read_options(words))
     config, settings = _prepared(arguments, request)
     facts = {
         "members": [member.digest for member in members],
         "model": config["model"],
         "prompts": settings.prompts.fingerprint(),
-        "rewards": [*settings.rewards],
+        "rewards": [*arguments.reward],
         "steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
         "seed": settings.seed,
@@ -206,6 +219,7 @@ def _prepared(arguments: argparse.Namespace, request: Request) -> tuple[dict[str
     from flowalign.sample import config_of, steps_and_guidance
     from flowalign.soup_sweep import Sweep
     from rewards.algebra import running_normalisers
+    from rewards.base import Reward
 
     prompts = as_prompts(arguments.prompts).all()
     config = config_of(request)
@@ -214,8 +228,11 @@ def _prepared(arguments: argparse.Namespace, request: Request) -> tuple[dict[str
     if "lora" in config["model"]:
         raise ConfigError("--model.lora is no option of soup: the members are the policy")
     steps, scale = steps_and_guidance(request, config)
-    rewards = {text: read_reward(text, [], request.allow_code) for text in arguments.reward}
-    for text, reward in rewards.items():
+    rewards = dict[str, Reward]()
+    for text in arguments.reward:
+        reward = read_reward(text, [], request.allow_code)
         if reward.card.scope != "sample" or running_normalisers(reward):
             raise ConfigError(f"--reward {text} depends on other samples' scores; a sweep scores each on its own")
+        short = text.lstrip().startswith("{") and reward.name not in rewards
+        rewards[reward.name if short else text] = reward
     return config, Sweep(prompts, rewards, steps, scale, request.seed, request.batch_size)

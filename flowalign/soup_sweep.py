@@ -151,7 +151,7 @@ def _draw(
             for i, value in zip(call.rows, values, strict=True):
                 scores[name][i] = value
         progress.within("call", done, len(calls))
-    captions = [f"{prompts.text[i]}\n{_listed(scores, i)}" for i in sorted(small)]
+    captions = [f"{_listed(scores, i)}\n{prompts.text[i]}" for i in sorted(small)]  # what is cut off is a long prompt
     return scores, grid([small[i] / 255 for i in sorted(small)], captions)
 
 

@@ -60,8 +60,8 @@ def references_of(media: Media, name: str) -> Sequence[Tensor]:
     """
     if media.references is None:
         raise ValueError(
-            f"{name} compares pictures with references, and there are none: give them as Media(pixels, references=...) "
-            "with a tensor [k, 3, h, w] in [0, 1] for each of the media, of the pictures that it should be like"
+            f'{name} compares pictures with references, and there are none: name their files as "references" in each '
+            "prompt's record, or give Media(pixels, references=...) a tensor [k, 3, h, w] for each of the media"
         )
     for i, pixels in enumerate(media.references):
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels) or not pixels.is_floating_point():

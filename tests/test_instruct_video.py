@@ -13,15 +13,16 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from flowalign.fitting import centre_crop
 from flowalign.media import real_media
 from flowalign.models import SD3
 from flowalign.pictures import to_bytes, to_images
 from flowalign.prompts import as_prompts
-from flowalign.records import Prompts, Size
+from flowalign.records import Prompts, Size, intervals
 from flowalign.rollout import Policy
 from flowalign.schedules import LastSteps, LateStep, linear
 from flowalign.shapes.scenes import random_spec, render
-from flowalign.transitions import exact_kl, velocity_mse_kl
+from flowalign.transitions import DDIM, ODE, exact_kl, velocity_mse_kl
 from flowalign.videos import mp4
 from rewards.base import FunctionReward
 from rewards.frames import attenuated
@@ -75,16 +76,20 @@ def test_sixty_percent_of_an_even_grid_are_the_authors_twelve_of_twenty_steps():
     assert 20 - first_below(linear(20), 0.6) == 12
 
 
-def test_the_part_of_the_chain_is_the_flow_from_the_noised_media(tmp_path):
-    made = trainer(tmp_path)
+@pytest.mark.parametrize("transition", [ODE(), DDIM(1.0)], ids=["ode", "ddim"])
+def test_the_part_of_the_chain_is_the_flow_from_the_noised_media(transition, tmp_path):
+    """With noise in its steps each has its own, that of its number in the whole chain."""
+    made = trainer(tmp_path, plan=LastSteps(1, transition))
     epoch = made.collection.epoch(0)
     draw = made.collection.draw(epoch, [*range(6)])
     drawn = made.rollout(epoch, draw, made.sigmas)
     numbers = [int(text.split()[1]) for text in draw.told.text]
     clean = torch.tensor([COLOURS[number][:2] for number in numbers]) / 255
     latents = 0.4 * clean + 0.6 * draw.start
-    for sigma, sigma_next in zip(GRID[2:], GRID[3:], strict=False):
-        latents = latents + made.model.network(latents, sigma, draw.condition) * (sigma_next - sigma)
+    for interval in intervals(GRID)[2:]:
+        velocity = made.model.network(latents, interval.sigma, draw.condition)
+        mean, std = transition(latents, velocity, interval)
+        latents = mean + std * draw.step_noise(interval.index)
     torch.testing.assert_close(drawn.latents.detach(), latents.detach(), rtol=0, atol=1e-6)
     assert [visit.interval.sigma for visit in drawn.visits] == [GRID[4]]
 
@@ -136,13 +141,14 @@ def test_real_media_are_fitted_to_a_size(tmp_path):
     assert middle[0, 0].min() == 1
     assert not middle[0, 1:].any()
     larger = real_media(named("wide.png"), Size(16, 16))
-    assert larger.shape == (1, 3, 16, 16)
+    assert torch.equal(larger, centre_crop(wide[None], 16, 16))
+    assert (larger.min(), larger.max()) == (0, 1)  # bicubics overshoot, and are clipped
     some = real_media(named("clip.mp4"), Size(16, 16, 5))
     assert some.shape == (1, 5, 3, 16, 16)
     torch.testing.assert_close(some[0, :, 0].mean((1, 2)), torch.linspace(0, 1, 5), atol=0.05, rtol=0)
-    with pytest.raises(ValueError, match="has 9 frames, and the model makes 17"):
+    with pytest.raises(ValueError, match=r"clip\.mp4: a video has 9 frames, and the model makes 17"):
         real_media(named("clip.mp4"), Size(16, 16, 17))
-    with pytest.raises(ValueError, match="is a picture, which is not what the model makes"):
+    with pytest.raises(ValueError, match=r"wide\.png: this is a picture, and the model makes videos"):
         real_media(named("wide.png"), Size(8, 8, 5))
 
 

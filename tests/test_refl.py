@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.schedules import LateStep
+from flowalign.schedules import LateStep, flow_match_euler
 from rewards.base import FunctionReward
 from tests.jobs import rows
 from tests.test_draft import CENTRE, GRID, Plane, gradient, nearness
@@ -84,6 +84,24 @@ def test_the_check_tells_that_nothing_is_left_to_learn(tmp_path):
 def test_a_coefficient_that_trains_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="coefficient must be positive and pretraining at least 0"):
         trainer(tmp_path, coefficient=0.0)
+
+
+def test_the_pretraining_loss_is_drawn_for_every_optimizer_step(tmp_path):
+    """At a point of the grid but its end, where there is no noise left."""
+    sampling = Sampling(LateStep(2, 4), 3, 1, 3, 3, 5, 1.0)
+    reward, prompts = FunctionReward(nearness, differentiable=True), str(pictures(tmp_path))
+    made = ReFL(Drawing(), reward, prompts, sampling, folder=str(tmp_path / "run"), margin=-100.0, pretraining=1.0)
+    places = list[int]()
+    for part in range(40):
+        made.state.part = part
+        places += gradient(made)[len(GRID) :].view(len(GRID), 2).any(1).nonzero().flatten().tolist()
+    assert len(places) == 40
+    assert {*places} == {*range(len(GRID) - 1)}
+
+
+def test_a_late_step_is_not_told_to_be_tiny(tmp_path):
+    """The last one of such a grid is drawn only now and then."""
+    assert trainer(tmp_path, LateStep(4, 4), model=Plane(flow_match_euler(5, 3.0))).remarks() == ()
 
 
 def test_the_pretraining_loss_is_the_flow_s_own(tmp_path):

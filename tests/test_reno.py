@@ -262,6 +262,18 @@ def test_a_stochastic_plan_has_the_same_noise_in_every_iteration():
     assert len(list(search.rounds(state))) == 3
 
 
+def test_a_noise_that_rests_has_the_same_score_in_every_iteration_of_a_stochastic_plan():
+    """A score without slope: step noise of its own would make some later try the best."""
+
+    def steady(media: Media, prompts: Prompts) -> Tensor:
+        level = media.pixels.mean((1, 2, 3))
+        return level.detach() + 0 * level
+
+    settings: dict[str, Any] = {"plan": AllSteps(FlowSDE(0.7)), "batch_size": 3, "regularisation": 0.0}
+    for found in job(reward=differentiable(steady), iterations=6, **settings).find():
+        assert (found.tried, found.best.number) == (6, 0)
+
+
 def test_recomputing_changes_nothing_but_the_cost():
     kept, anew = job(prompts=PROMPTS[:1]).find()[0], job(prompts=PROMPTS[:1], recompute=True).find()[0]
     assert same(kept, anew)

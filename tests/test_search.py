@@ -21,6 +21,7 @@ from torch import Tensor
 from flowalign import checkpoint
 from flowalign.accounting import Rows
 from flowalign.interrupt import Stopped
+from flowalign.media import load
 from flowalign.models.wan import Wan
 from flowalign.pictures import to_bytes
 from flowalign.records import Media, Prompts
@@ -31,6 +32,7 @@ from flowalign.transitions import FlowSDE
 from rewards import OnFrames, Rank
 from rewards.base import FunctionReward, as_reward
 from tests import processes
+from tests.families import seeded
 from tests.searches import PRICES, PROMPTS, Identity, brightness, differentiable, job, nearness, tiny_model
 from tests.tiny_wan import tiny_wan
 from trainers import BestOfN, ReNO
@@ -312,6 +314,26 @@ def test_videos_have_mp4s_and_strips(tmp_path):
         names = {path.name for path in folder.iterdir()}
         assert {"0000.mp4", "0000-before.mp4", "0000.png", "0000-before.png", "before_after.png"} <= names
         assert Image.open(folder / "0000.png").width > 128 * 5
+
+
+def film_job(folder: Path) -> ReNO:
+    """Two prompts' videos of five frames, one after the other."""
+    model = Wan(seeded(tiny_wan)(), height=32, width=32, frames=5, max_sequence_length=12)
+    reward = OnFrames(differentiable(brightness))
+    return ReNO(model, reward, ["a kite", "a red car"], 3, seed=7, prices=PRICES, folder=str(folder), save_seconds=0.0)
+
+
+def test_a_killed_search_of_videos_comes_to_the_same(tmp_path):
+    work(film_job, tmp_path / "whole")
+    broken = functools.partial(dying, film_job, tmp_path / "run", "reward", 5, signal.SIGKILL)
+    assert processes.killed(broken) == -signal.SIGKILL
+    work(film_job, tmp_path / "run")
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    found = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert all(row["score"] > row["before"] and row["best_try"] > 0 for row in found)
+    before, after = (load(tmp_path / "run" / name)[0] for name in ("0001-before.mp4", "0001.mp4"))
+    assert before.shape == after.shape == (5, 3, 128, 128)  # small ones are enlarged
+    assert not torch.equal(before, after)
 
 
 def test_a_prompt_without_any_valid_sample_is_told(tmp_path, capsys):

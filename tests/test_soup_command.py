@@ -60,6 +60,19 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
+def test_a_reward_with_arguments_is_swept_under_its_own_name(
+    runs: list[str], prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(quality: int) -> list[str]:
+        reward = f"{{class: rewards.JPEGCompressibility, quality: {quality}}}"
+        return ["soup", *runs, "--sweep", "2", "--reward", reward, "--prompts", prompts, "--out", str(tmp_path / "out")]
+
+    assert main(words(80)) == 0
+    assert capsys.readouterr().out.startswith("w1,w2,jpeg_compressibility,jpeg_compressibility error,")
+    assert main(words(90)) == 2
+    assert "holds a sweep with another rewards" in capsys.readouterr().err
+
+
 def sweep(runs: list[str], prompts: str, out: Path, points: int, *words: str) -> int:
     rewards = ["--reward", SHAPES, "--reward", JPEG]
     return main(["soup", *runs, "--sweep", str(points), *rewards, "--prompts", prompts, "--out", str(out), *words])
@@ -88,6 +101,17 @@ def test_a_merge_is_sampled_as_any_lora(runs: list[str], tmp_path: Path, capsys:
     assert main(words) == 0
     assert main(["soup", *runs, "--out", str(tmp_path / "low"), "--rank", "2"]) == 0
     assert "rank 2, relative error 0." in capsys.readouterr().err
+
+
+def test_a_member_that_was_not_trained_is_told(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SD3("shapes", lora=LoRA(rank=4)).save(tmp_path / "start")
+    assert main(["soup", *runs, "--out", str(tmp_path / "two")]) == 0
+    assert "changes nothing" not in capsys.readouterr().err
+    assert main(["soup", runs[0], str(tmp_path / "start"), "--out", str(tmp_path / "half")]) == 0
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "changes nothing" in line]
+    assert f"{tmp_path / 'start'}" in told
 
 
 def test_a_sweep_leaves_table_sheets_and_plot(swept: Path) -> None:
