@@ -1,0 +1,160 @@
+"""Trainers against each other on an embedded world at equal compute, over seeds: a table, and the curves behind it.
+
+    python scripts/compare_methods.py --out build/methods --seeds 0 1 2 --gain 0.05 0.10 \\
+        --arm 'DRaFT = draft/shapes' \\
+        --arm 'Flow-GRPO = flow_grpo/shapes --reward "{class: rewards.CLIPScore, model: shapes}" --epochs 100'
+
+An arm is a name, a config and options of it, as `flowalign train` takes them. Each is trained with each seed, unless
+its folder is there. Compute is counted in forwards of one network row: a row with its backward is 3, and so are decode
+and reward where gradients go through them; what those two cost is measured once for each arm. Evaluations are not
+counted. Of each run the curve of held-out scores is written to OUT/curves.jsonl, and to the table:
+
+    gain       of the kept policy over the base on 512 held-out prompts that no run looked at, and the lower end of its
+               paired 95 % interval
+    cost of g  compute until the run's own evaluations were at least g above the base for the first time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.cli import parse_trainer
+from flowalign.config import arguments_of, build, construct, find_config, load_yaml, override, read_options
+from flowalign.media import shown
+from flowalign.models.base import Model
+from flowalign.records import Prompts
+from flowalign.report.comparing import difference
+from flowalign.report.reading import read_run
+from flowalign.sample import pictures
+from rewards.base import Reward
+from trainers import BestOfN
+from trainers.base import Trainer
+from trainers.reward_gradient import RewardGradientTrainer
+
+JUDGED, SEED = 512, 1  # held-out prompts of the table, which have another seed than the configs' own
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method: its name, and the config with its options."""
+
+    name: str
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, text: str) -> Arm:
+        """From "NAME = CONFIG --key value ..."."""
+        name, _, rest = text.partition("=")
+        config, *words = shlex.split(rest)
+        return cls(name.strip(), override(load_yaml(find_config(config)), read_options(words)))
+
+    def trainer(self, folder: Path, seed: int) -> tuple[Trainer, dict[str, Any]]:
+        """A trainer, and its resolved config."""
+        call = parse_trainer(override(self.config, {"folder": str(folder), "seed": seed}))
+        return construct(call), {"trainer": call.path, **arguments_of(call)}
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation: compute until then, and the held-out scores by name."""
+
+    epoch: int
+    compute: float
+    scores: dict[str, float]
+
+
+def sample_cost(trainer: Trainer) -> float:
+    """Decode and reward of an epoch's samples, in forwards of one network row."""
+    sampling, model, reward = trainer.sampling, trainer.model, trainer.reward
+    one = trainer.collection.told(range(1))
+    prices = BestOfN(
+        model, reward, one, 1, sampling.steps, sampling.guidance_scale, batch_size=sampling.rows_per_call
+    ).start().prices  # fmt: skip
+    scored = sampling.groups * sampling.group_size
+    if isinstance(trainer, RewardGradientTrainer):
+        return 3 * scored * trainer.views * (prices.decode + prices.reward)
+    return scored * (prices.decode + prices.reward)
+
+
+def curve(folder: Path, per_epoch: float) -> Iterator[Point]:
+    """The evaluations of a run, with what it had cost until then."""
+    run = read_run(folder)
+    costs = [row.get("rows/forward") + 3 * row.get("rows/gradient") + per_epoch for row in run.epochs]
+    for row in run.evaluations:
+        scores = {name.removeprefix("held-out/"): row.get(name) for name in row.values if "/clause/" not in name}
+        yield Point(row.step, sum(costs[: row.step]), {k: v for k, v in scores.items() if not k.startswith("time/")})
+
+
+def judged(config: dict[str, Any], lora: Path | None) -> Tensor:
+    """1 for each of the table's prompts that a policy gets right, 0 otherwise; without a LoRA it is the base."""
+    evaluation, sampling = config["evaluation"], config["sampling"]
+    model = config["model"] | ({} if lora is None else {"lora": {"start": str(lora)}})
+    prompts = evaluation["prompts"] | {"count": JUDGED, "seed": SEED}
+    asked = {"model": model, "reward": evaluation.get("reward") or config["reward"], "prompts": prompts}
+    policy, reward, told = build(_parts, asked)
+    drawn = torch.cat([*pictures(policy, told, sampling["steps"], sampling["guidance_scale"], 7, "evidence", 128)])
+    return reward(shown(drawn, told, policy.fps), told).parts[evaluation["metric"]]
+
+
+def _parts(model: Model, reward: Reward, prompts: Prompts) -> tuple[Model, Reward, Prompts]:
+    return model, reward, prompts
+
+
+def run(arm: Arm, seed: int, out: Path, gains: list[float], before: Tensor) -> dict[str, Any]:
+    """Train, if it has not been done, and say what came of it."""
+    folder, started = out / f"{arm.name}-{seed}".replace(" ", "_"), time.monotonic()
+    trainer, config = arm.trainer(folder, seed)
+    if not (folder / "best.json").is_file():
+        trainer.train(config, resume=folder.is_dir())
+    points = [*curve(folder, sample_cost(trainer))]
+    with (out / "curves.jsonl").open("a") as file:
+        file.writelines(json.dumps({"arm": arm.name, "seed": seed, **asdict(one)}) + "\n" for one in points)
+    after = judged(arm.config, folder / "lora")
+    found = difference([*zip(before.tolist(), after.tolist(), strict=True)])
+    assert found is not None
+    base = points[0].scores["held-out"]
+    reached = {f"cost of {gain:g}": first(points, base + gain) for gain in gains}
+    return {
+        "arm": arm.name, "seed": seed, "before": round(found.before, 4), "gain": round(found.change, 4),
+        "lower": round(found.low, 4), "compute": round(points[-1].compute),
+        "last": round(points[-1].scores["held-out"] - base, 4), **reached,
+        "seconds": round(time.monotonic() - started),
+    }  # fmt: skip
+
+
+def first(points: list[Point], score: float) -> int | None:
+    """Compute until a score was first reached; None if it never was."""
+    return next((round(one.compute) for one in points if one.scores["held-out"] >= score), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", action="append", required=True, type=Arm.of, metavar="'NAME = CONFIG --key value'")
+    parser.add_argument("--out", type=Path, default=Path("build/methods"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--gain", type=float, nargs="+", default=[0.05, 0.1])
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for arm in arguments.arm:
+        before = judged(arm.config, None)
+        for seed in arguments.seeds:
+            line = json.dumps(run(arm, seed, arguments.out, arguments.gain, before))
+            print(line, flush=True)
+            with (arguments.out / "table.jsonl").open("a") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
