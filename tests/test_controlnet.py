@@ -67,7 +67,7 @@ def by_pipeline(pipe: Any, model: ControlNet, files: list[str], guidance: float,
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())), rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.detach().abs().max())), rtol=0)
 
 
 @pytest.mark.parametrize(("family", "scheduler"), [(ControlNet, ddim), (ControlNet, euler), (ControlledUNet, ddim)])

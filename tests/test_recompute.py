@@ -107,9 +107,9 @@ def test_references_within_one_another_are_left_one_by_one(again, made):
         with model.reference():
             with model.reference():
                 pass
-            assert torch.equal(call(model, latents, again, False), reference)
+            torch.testing.assert_close(call(model, latents, again, False), reference, atol=1e-5, rtol=0)
         assert torch.equal(call(model, latents, again, False), policy)
-    assert not torch.equal(policy, reference)
+    assert (policy - reference).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("on", "again"), [(False, False), (True, False), (False, True)])

@@ -209,7 +209,8 @@ class Model(ABC):
         """`velocity_split` of rows that each have a sigma of their own, as where clean latents are noised anew."""
         self.meter.network(len(latents))
         conditional = self.network_rows(latents, sigmas, condition, False, guidance_scale)
-        guided = torch.tensor([self.calls(guidance_scale, float(sigma)) > 1 for sigma in sigmas])
+        values, places = sigmas.unique(return_inverse=True)
+        guided = torch.tensor([self.calls(guidance_scale, float(sigma)) > 1 for sigma in values])[places]
         if not guided.any():
             return conditional
         with torch.set_grad_enabled(unconditional_grad and torch.is_grad_enabled()):
