@@ -127,7 +127,7 @@ def _of_pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
 
     request = Request(
         arguments.target, tuple(arguments.prompt), arguments.prompts, arguments.lora, False, arguments.steps,
-        arguments.guidance_scale, arguments.seed or 0, 1, Path(), {}, arguments.allow_code,
+        arguments.guidance_scale, 0, 1, Path(), {}, arguments.allow_code,
     )  # fmt: skip
     config = config_of(request)
     steps, scale = steps_and_guidance(request, config)

@@ -203,7 +203,7 @@ def describe(members: Sequence[LoRAFile], weights: Sequence[float]) -> dict[str,
 def _fitted(exact: Mapping[str, Factors], rank: int) -> tuple[dict[str, Factors], float]:
     """Layers above a rank cut down to it, and the relative error of all; the others stay as they are."""
     cuts = {name: truncated(one, rank) for name, one in exact.items()}
-    lost = math.fsum(cut.lost for name, cut in cuts.items() if exact[name].rank > rank)
+    lost = math.fsum(cut.lost for cut in cuts.values())
     total = math.fsum(cut.total for cut in cuts.values())
     made = {name: cut.factors if exact[name].rank > rank else exact[name] for name, cut in cuts.items()}
     return made, math.sqrt(lost / total) if total else 0.0

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from tests.tiny_wan import tiny_wan
 from trainers import BestOfN, ReNO
 from trainers.search_cost import Prices, Spent, measured
 from trainers.search_run import Record
+from trainers.search_sheet import sheet
+from trainers.search_state import Candidate
 
 
 def best_of(folder: Path | str = "runs/none", **changes: Any) -> BestOfN:
@@ -131,13 +134,62 @@ def test_every_search_counts_alike():
 
 
 def test_a_budget_is_never_exceeded_and_all_but_used_up():
-    for search in (best_of(budget=14.0, samples=None), job(budget=30.0, iterations=50)):
+    searches = (
+        best_of(budget=14.0, samples=None),
+        job(budget=30.0, iterations=50),
+        job(budget=40.0, iterations=50, recompute=True),
+    )
+    for search in searches:
         one = search.sampler.one(search.needs_gradient).cost(PRICES)
         for found in search.find():
             assert found.cost <= search.budget < (found.tried + 1) * one
     assert {found.tried for found in best_of(budget=100.0, samples=3).find()} == {3}
+    assert {found.tried for found in best_of(budget=55.0, samples=None, prompts=["x"]).find()} == {20}  # at 2.75 each
     with pytest.raises(ValueError, match=r"does not pay for one sample, which costs 2\.75"):
         best_of(budget=2.0).find()
+
+
+def test_the_seconds_of_a_call_are_shared_out():
+    began = time.perf_counter()
+    found = best_of(samples=4, batch_size=12).find()
+    assert 0 < sum(one.seconds for one in found) <= time.perf_counter() - began
+
+
+def test_gradients_through_fp16_are_scaled_up_and_down_again():
+    """By a power of two, so that in float32 no bit is another."""
+    found = []
+    for scaled in (False, True):
+        model = Identity()
+        model.scale_loss = scaled
+        reward = nearness(torch.ones(3, 8, 8), 1e-6)  # far below what is clipped
+        found += ReNO(model, reward, ["x"], 4, regularisation=0.0, prices=PRICES).find()
+    assert torch.equal(found[0].best.noise, found[1].best.noise)
+    assert found[0].best.number > 0
+
+
+def test_no_weight_takes_part_in_a_gradient():
+    search, seen = job(prompts=PROMPTS[:1], iterations=2), list[bool]()
+    inner = search.sampler.reward.score
+
+    def watching(media: Media, prompts: Prompts) -> Any:
+        seen.extend(value.requires_grad for value in search.model.trainable().values())
+        return inner(media, prompts)
+
+    search.sampler.reward.score = watching
+    search.find()
+    assert seen
+    assert not any(seen)
+    assert all(value.requires_grad for value in search.model.trainable().values())
+
+
+def test_what_a_reward_draws_at_random_is_a_matter_of_the_seed():
+    def scores(seed: int) -> list[float]:
+        search = BestOfN(
+            Identity(), lambda media, prompts: torch.rand(len(media)), ["x", "y"], 3, seed=seed, prices=PRICES
+        )
+        return [one.best.score for one in search.find()]
+
+    assert scores(1) == scores(1) != scores(2)
 
 
 def test_prices_are_measured_in_network_rows():
@@ -188,6 +240,14 @@ def test_sizes_are_gone_on_with_where_they_were(tmp_path):
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         best_of(**changes)
+
+
+def test_a_reward_of_pictures_is_not_for_videos():
+    model = Wan(tiny_wan(), height=32, width=32, frames=5, max_sequence_length=12)
+    reward = as_reward(brightness)
+    reward.card = replace(reward.card, modality="image")
+    with pytest.raises(ValueError, match="scores pictures, and the model makes videos: wrap it in OnFrames"):
+        best_of(model=model, reward=reward)
 
 
 def digest(folder: Path) -> dict[str, Any]:
@@ -264,6 +324,30 @@ def test_a_kill_between_a_prompt_s_files_and_the_checkpoint(unbroken, tmp_path, 
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) in (1, 2)  # and none in the checkpoint
     work(make, tmp_path / "run")
     assert digest(tmp_path / "run") == expected
+
+
+def test_what_has_ended_is_saved_at_once(tmp_path):
+    """However long it is to the next save by time: of three prompts in calls of two the third is under way."""
+    make = functools.partial(job, save_seconds=1e9)
+    broken = functools.partial(dying, make, tmp_path / "run", "reward", 7, signal.SIGKILL)
+    assert processes.killed(broken) == -signal.SIGKILL
+    path, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert checkpoint.load(path)[0]["state"]["finished"] == 2
+
+
+def test_a_sheet_shows_each_prompt_before_and_after(tmp_path, monkeypatch):
+    seen = list[tuple[list[Tensor], list[str]]]()
+    monkeypatch.setattr("trainers.search_sheet.grid", lambda pairs, captions: seen.append((pairs, captions)))
+    for name, level in (("0000-before", 0), ("0000", 255)):
+        Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / f"{name}.png")
+    black, white = (torch.full((3, 8, 8), level, dtype=torch.uint8) for level in (0, 255))
+    way = Candidate(0, -3.0, {}, torch.zeros(1), black), Candidate(1, 4.0, {}, torch.zeros(1), white)
+    sheet(tmp_path, ["a star", "a kite"], [{"number": 0, "before": 1.0, "score": 2.0}], {1: way})
+    ((pairs, captions),) = seen
+    assert captions == ["a star\n1.000 -> 2.000", "a kite\n-3.000 -> 4.000"]
+    for pair in pairs:
+        assert not pair[:, :, :8].any()
+        assert pair[:, :, -8:].min() == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -354,7 +438,9 @@ def test_a_folder_of_another_search_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"holds a search with another {name}; name another folder"):
             job(folder).run(config | changed)
     for again, name in ((job(folder, seed=8), "seed"), (job(folder, prompts=["x"]), "prompts"),
-                        (job(folder, max_grad_norm=1.0), "max_grad_norm"), (best_of(folder), "search")):  # fmt: skip
+                        (job(folder, max_grad_norm=1.0), "max_grad_norm"),
+                        (job(folder, patience=3), "patience"), (job(folder, batch_size=1), "batch_size"),
+                        (best_of(folder), "search")):  # fmt: skip
         with pytest.raises(ValueError, match=f"holds a search with another .*{name}"):
             again.run()
     job(folder, save_seconds=9.0).run(config)  # which is free to change

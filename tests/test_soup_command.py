@@ -22,7 +22,7 @@ from flowalign.lora_files import read_lora
 from flowalign.models import SD3, PipelineModel
 from flowalign.shapes.prompts import held_out_prompts
 from flowalign.soup_sweep import set_policy
-from flowalign.soup_table import table
+from flowalign.soup_table import table, text_table
 from flowalign.soups import concatenated, merge_loras
 from flowalign.tracking import json_lines
 from rewards import LearntReward
@@ -321,6 +321,7 @@ def test_the_table_by_hand() -> None:
     assert rows[0].invalid["b"] == 1
     assert rows[1].chord == {"a": 1.0, "b": 0.25}
     assert [row.best for row in rows] == [True, True, False]
+    assert text_table(rows).splitlines()[2] == "0.5,0.5,1.5,0,0.5,0,1,0,0.75,0,yes"  # over chord: 1.5 - 1, 1 - .25
     assert np.isnan(table({(0.5, 0.5): {"a": [1.0]}})[0].chord["a"])
 
 
