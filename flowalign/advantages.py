@@ -61,6 +61,12 @@ def global_std(rewards: Rewards, group_ids: GroupIds) -> Rewards:
     return (rewards - rewards.mean(0)).square().mean(0).sqrt().expand_as(rewards)
 
 
+def unbiased_global_std(rewards: Rewards, group_ids: GroupIds) -> Rewards:
+    """The sample std of all rewards (divisor n - 1), about their common mean; the batch's std of GDPO's code."""
+    count = len(rewards)
+    return global_std(rewards, group_ids) * (count / max(count - 1, 1)) ** 0.5
+
+
 def group_advantages(
     rewards: Rewards, group_ids: GroupIds, std: Spread = group_std, eps: float = 0.0, clip: float | None = None
 ) -> Rewards:
@@ -94,30 +100,52 @@ def dancegrpo_advantages(rewards: Rewards, group_ids: GroupIds, clip: float | No
     return group_advantages(rewards, group_ids, unbiased_group_std, eps=1e-8, clip=clip)
 
 
-def _floored(std: Spread) -> Spread:
-    # Flow-Factory's guard against a std of 0: a floor of 1e-6, where flow_grpo adds to the std.
-    return lambda rewards, group_ids: std(rewards, group_ids).clamp(min=1e-6)
+def floored_group_std(rewards: Rewards, group_ids: GroupIds) -> Rewards:
+    """`group_std`, at least 1e-6: Flow-Factory's guard against a std of 0, where flow_grpo adds to the std."""
+    return group_std(rewards, group_ids).clamp(min=1e-6)
+
+
+def floored_global_std(rewards: Rewards, group_ids: GroupIds) -> Rewards:
+    """`global_std`, at least 1e-6; see `floored_group_std`."""
+    return global_std(rewards, group_ids).clamp(min=1e-6)
 
 
 def weighted_sum_advantages(
     parts: Sequence[Rewards], weights: Sequence[float], group_ids: GroupIds, std: Spread = group_std
 ) -> Rewards:
     """Several rewards, summed then normalised: `group_advantages` of sum_k w_k r_k, std >= 1e-6 (Flow-Factory)."""
-    total = sum(weight * part.double() for weight, part in zip(weights, parts, strict=True))
-    return group_advantages(torch.as_tensor(total), group_ids, _floored(std)).to(parts[0].dtype)
+    total = torch.as_tensor(sum(weight * part.double() for weight, part in zip(weights, parts, strict=True)))
+    spread = std(total, group_ids).clamp(min=1e-6)
+    return group_advantages(total, group_ids, lambda rewards, groups: spread).to(parts[0].dtype)
 
 
-def gdpo_advantages(parts: Sequence[Rewards], weights: Sequence[float], group_ids: GroupIds) -> Rewards:
+def gdpo_advantages(
+    parts: Sequence[Rewards],
+    weights: Sequence[float],
+    group_ids: GroupIds,
+    std: Spread = floored_group_std,
+    batch_std: Spread | None = floored_global_std,
+    eps: float = 0.0,
+) -> Rewards:
     """Several rewards, normalised then summed, so that no reward's scale outweighs another's.
 
-        A = sum_k w_k z_k,  z_k = group_advantages(r_k);   advantage = A / std of A over the batch
+        A = sum_k w_k z_k,  z_k = group_advantages(r_k, std, eps);   advantage = A / (std of A over the batch + eps)
 
-    GDPO (arXiv:2601.05242) as Flow-Factory has it: population std, at least 1e-6. The batch mean of A, which the
-    authors subtract, is 0 already.
+    GDPO (arXiv:2601.05242). The defaults are Flow-Factory's: population stds, at least 1e-6. The authors' own
+    (NVlabs/GDPO) are sample stds with 1e-4 added: `unbiased_group_std`, `unbiased_global_std` and eps 1e-4, as in
+    `flowalign.credit.GDPO`. The batch mean of A, which they subtract, is 0 already.
+
+    Args:
+        parts: the rewards, higher is better. weights: of each, after it is normalised.
+        std: of a group, and batch_std: of the whole batch; None leaves the sum as it is, so that of one reward of
+            weight 1 these are `group_advantages`.
+        eps: added to both, >= 0.
     """
-    normalised = [group_advantages(part.double(), group_ids, _floored(group_std)) for part in parts]
+    normalised = [group_advantages(part.double(), group_ids, std, eps) for part in parts]
     total = torch.stack([weight * part for weight, part in zip(weights, normalised, strict=True)]).sum(0)
-    return (total / _floored(global_std)(total, group_ids)).to(parts[0].dtype)
+    if batch_std is not None:
+        total = torch.where(total == 0, total, total / (batch_std(total, group_ids) + eps))
+    return total.to(parts[0].dtype)
 
 
 def best_and_worst(rewards: Float[Tensor, " b"], group_ids: GroupIds) -> Float[Tensor, " b"]:

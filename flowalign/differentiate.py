@@ -66,7 +66,7 @@ def differentiable_rollout(
     Raises: ValueError where the path's length is not the grid's, it branches, or stochastic steps have no noise.
     """
     grid = intervals(sigmas)
-    if len(path.transitions) != len(grid) or path.branch is not None:
+    if len(path.transitions) != len(grid) or path.branches:
         raise ValueError(f"a grid of {len(grid)} steps needs a path of as many that does not branch, not {path}")
     if path.stochastic and step_noise is None:
         raise ValueError(f"steps {list(path.stochastic)} are stochastic and need step_noise")

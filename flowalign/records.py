@@ -122,13 +122,15 @@ class Trajectory:
     """A rollout's result: the last latents of every sample and the stochastic steps in order.
 
     `path` holds the latents after every step from the start noise on, and `velocities` the guided velocity at the
-    latents of each stochastic step, where they were asked for.
+    latents of each stochastic step, where they were asked for. `values` holds the reward of the denoised latents at
+    each guided step, one for each row of its latents (`flowalign.guidance`).
     """
 
     latents: Float[Tensor, b * d]
     steps: tuple[Step, ...] = ()
     path: tuple[Tensor, ...] = ()
     velocities: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

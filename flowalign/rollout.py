@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowalign.guidance import Guide, Push
 from flowalign.models.base import Model
 from flowalign.records import Condition, Interval, Step, Trajectory, intervals
 from flowalign.schedules import Path
@@ -47,24 +48,28 @@ def rollout(
     rows_per_call: int | None = None,
     keep_path: bool = False,
     keep_velocities: bool = False,
+    guide: Guide | None = None,
 ) -> Trajectory:
     """Samples from start noise, step by step along a path, and keeps what a replay of its stochastic steps needs.
 
-    Rows are contiguous by parent: where a path branches, row r becomes rows r * members ... (r + 1) * members - 1.
+    Rows are contiguous by parent: where a path parts each into n, row r becomes rows r * n ... (r + 1) * n - 1.
 
     Args:
         condition: one row for each row of `start_noise`.
-        start_noise: float32, of unit variance; one row per sample, or one per group where the path branches.
-        step_noise: the noise of step i, one row per sample; needed where the path has stochastic steps.
-        members: samples per row after the branch; 1 where the path does not branch.
+        start_noise: float32, of unit variance; one row per sample, or one for all that share it.
+        step_noise: the noise of step i, one row for each that the step leads to; needed where some are stochastic.
+        members: samples per row of the start; 1 where the path does not branch.
         rows_per_call: the most rows in a network call of a deterministic step, which no one replays; None for all.
         keep_path: keep the latents after every step too.
         keep_velocities: keep the velocity at every stochastic step too.
+        guide: moves the mean of some stochastic steps, whose log-probs stay those of the unmoved one.
 
     Raises: ValueError where the path's length is not the grid's, or stochastic steps have no noise.
     """
     latents = model.start(start_noise.float(), sigmas[0])
-    walked = _walk(model, condition, latents, sigmas, path, policy, step_noise, members, rows_per_call, keep_path)
+    walked = _walk(
+        model, condition, latents, sigmas, path, policy, step_noise, members, rows_per_call, keep_path, guide
+    )
     return walked if keep_velocities else replace(walked, velocities=())
 
 
@@ -79,6 +84,7 @@ def _walk(
     members: int,
     rows_per_call: int | None,
     keep_path: bool,
+    guide: Guide | None = None,
 ) -> Trajectory:
     """The steps of `rollout`, from latents at sigmas[0]."""
     grid = intervals(sigmas)
@@ -86,18 +92,22 @@ def _walk(
         raise ValueError(f"the path has {len(path.transitions)} steps and the sigma grid {len(grid)}")
     if path.stochastic and step_noise is None:
         raise ValueError(f"steps {list(path.stochastic)} are stochastic and need step_noise")
-    if path.branch is None and members != 1:
-        raise ValueError(f"a path without a branch has one sample per row, not {members}")
-    steps, velocities, visited = list[Step](), list[Tensor](), [latents]
+    if (width := path.width(len(grid), members)) != members:
+        raise ValueError(f"on this path {width} samples come of each row, not {members}")
+    steps, velocities, values, visited = list[Step](), list[Tensor](), list[Tensor](), [latents]
     for interval, transition in zip(grid, path.transitions, strict=True):
         if isinstance(transition, ODE):
             velocity = _in_calls(model, latents, interval.sigma, condition, policy.guidance_scale, rows_per_call)
             latents, _ = transition(latents, velocity, interval)
         else:
             assert step_noise is not None
-            parted = members if path.branch == interval.index else 1
+            parted = path.children(interval.index, members)
             noise = step_noise(interval.index)
-            step, velocity = _stochastic_step(model, latents, interval, transition, condition, policy, noise, parted)
+            pushed = _pushed(guide, model, latents, interval, condition, policy)
+            values += [pushed.values] if pushed else []
+            step, velocity = _stochastic_step(
+                model, latents, interval, transition, condition, policy, noise, parted, pushed
+            )
             steps.append(step)
             velocities.append(velocity)
             if parted > 1:
@@ -105,7 +115,42 @@ def _walk(
             latents = step.latents_next
         visited.append(latents)
     last = model.finish(latents, sigmas[-1])
-    return Trajectory(last, tuple(steps), tuple(visited) if keep_path else (), tuple(velocities))
+    return Trajectory(last, tuple(steps), tuple(visited) if keep_path else (), tuple(velocities), tuple(values))
+
+
+@torch.no_grad()
+def fan_out(
+    model: Model,
+    condition: Condition,
+    start_noise: Latents,
+    sigmas: list[float],
+    path: Path,
+    policy: Policy,
+    step_noise: Callable[[int], Noise],
+    members: int,
+    rows_per_call: int | None = None,
+) -> tuple[Step, ...]:
+    """The stochastic steps of a path, each made `members` times over from the anchor: the ODE from the start noise.
+
+    The anchor goes on from the same network call by an ODE step, up to the last of these steps.
+
+    Args:
+        condition, start_noise: one row for each anchor.
+        step_noise: the noise of step i, `members` rows for each anchor, one after another.
+        rows_per_call: the most rows in a network call that no one replays; None for all.
+    """
+    latents, steps = model.start(start_noise.float(), sigmas[0]), list[Step]()
+    for interval in intervals(sigmas)[: path.stochastic[-1] + 1]:
+        if interval.index in path.stochastic:
+            transition, noise = path.transitions[interval.index], step_noise(interval.index)
+            step, velocity = _stochastic_step(
+                model, latents, interval, transition, condition, policy, noise, members, None
+            )
+            steps.append(step)
+        else:
+            velocity = _in_calls(model, latents, interval.sigma, condition, policy.guidance_scale, rows_per_call)
+        latents, _ = ODE()(latents, velocity, interval)
+    return tuple(steps)
 
 
 @torch.no_grad()
@@ -126,12 +171,25 @@ def resume(
 
 @dataclass(frozen=True)
 class Replay:
-    """A stored step under the present policy: one row per sample, with gradient; `std` is the step's own."""
+    """A stored step under the present policy: one row per sample, with gradient; `std` is the step's own.
+
+    old_mean: under the policy that drew the step, without gradient, where a trainer asks for it.
+    """
 
     log_probs: Float[Tensor, " b"]
     mean: Latents
     velocity: Latents
     std: float
+    old_mean: Latents | None = None
+
+    def repeated(self, times: int) -> Replay:
+        """Each row so many times, next to one another: a step that several samples share, for each of them."""
+        if times == 1:
+            return self
+        log_probs, mean, velocity = (
+            value.repeat_interleave(times, 0) for value in (self.log_probs, self.mean, self.velocity)
+        )
+        return Replay(log_probs, mean, velocity, self.std)
 
 
 def replay(model: Model, step: Step, transition: Transition, condition: Condition, policy: Policy) -> Replay:
@@ -150,6 +208,14 @@ def replay(model: Model, step: Step, transition: Transition, condition: Conditio
     return Replay(policy.log_prob(step.latents_next, mean, std, policy.reduce), mean, velocity, std)
 
 
+def _pushed(
+    guide: Guide | None, model: Model, latents: Latents, interval: Interval, condition: Condition, policy: Policy
+) -> Push | None:
+    if guide is None or interval.index not in guide.settings.steps:
+        return None
+    return guide.push(model, latents, interval, condition, policy.guidance_scale)
+
+
 def _stochastic_step(
     model: Model,
     latents: Latents,
@@ -159,11 +225,16 @@ def _stochastic_step(
     policy: Policy,
     noise: Noise,
     members: int,
+    pushed: Push | None,
 ) -> tuple[Step, Latents]:
-    velocity = model.velocity_split(latents, interval.sigma, condition, policy.guidance_scale)
+    if pushed is None:
+        velocity = model.velocity_split(latents, interval.sigma, condition, policy.guidance_scale)
+    else:
+        velocity = pushed.velocity
     mean, std = transition(latents, velocity, interval)
-    mean = mean.repeat_interleave(members, 0)
-    latents_next = mean + std * noise.to(mean.device)
+    centre = mean if pushed is None or pushed.push is None else mean + pushed.push
+    mean, centre = mean.repeat_interleave(members, 0), centre.repeat_interleave(members, 0)
+    latents_next = centre + std * noise.to(mean.device)
     log_probs = policy.log_prob(latents_next, mean, std, policy.reduce)
     return Step(interval, latents, latents_next, log_probs), velocity
 

@@ -6,6 +6,7 @@ choose are ODE steps.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,18 +53,57 @@ class Path:
 
     branch = None: every sample has start noise and a trajectory of its own. branch = k: a group shares its start noise
     and the ODE steps before k; one network call per group serves all its members at step k, and they part there.
+    branchings: instead of that (step, children) of a tree, in order: at each of these steps every row parts into so
+    many, and steps between them are made once for all that will part later. roots: such trees of a group, each with
+    start noise of its own.
+    skipped: stochastic steps that a trainer which prunes its update leaves out of it.
     gradient_from: the first step that a differentiable rollout has gradient in.
     cut: how many steps are made where that is not all; the last of them then goes to sigma 0 at once (see `grid`).
+    passed: points of the grid that are passed over, all of them after its last stochastic step (`flowalign.windows`).
     """
 
     transitions: tuple[Transition, ...]
     branch: int | None = None
     gradient_from: int = 0
     cut: int | None = None
+    branchings: tuple[tuple[int, int], ...] = ()
+    roots: int = 1
+    skipped: tuple[int, ...] = ()
+    passed: tuple[int, ...] = ()
+
+    @property
+    def branches(self) -> bool:
+        """Whether samples share steps with others."""
+        return self.branch is not None or bool(self.branchings)
+
+    def members(self, group_size: int) -> int:
+        """Samples that come of one row of the start.
+
+        Raises: ValueError for a tree that has other than `group_size` leaves.
+        """
+        if self.branch is not None:
+            return group_size
+        members = math.prod(children for _, children in self.branchings)
+        if self.branchings and members * self.roots != group_size:
+            told = " x ".join(map(str, [self.roots, *(children for _, children in self.branchings)]))
+            raise ValueError(
+                f"the plan's tree has {told} = {members * self.roots} leaves (roots, then the children at each "
+                f"branching), but sampling.group_size is {group_size}: they must be equal"
+            )
+        return members
+
+    def children(self, step: int, members: int) -> int:
+        """Rows that each row of a step becomes, where a row of the start becomes so many samples."""
+        return members if step == self.branch else dict(self.branchings).get(step, 1)
+
+    def width(self, step: int, members: int) -> int:
+        """Rows of a step's network call for each row of the start; of the last latents, `members`."""
+        return math.prod(self.children(before, members) for before in range(step))
 
     def grid(self, sigmas: list[float]) -> list[float]:
-        """The points of the steps that are made: all, or sigmas[:cut] + [0], whose last Euler step gives x0hat."""
-        return sigmas if self.cut is None else [*sigmas[: self.cut], 0.0]
+        """The points that are visited: all, or sigmas[:cut] + [0], whose last Euler step gives x0hat; less `passed`."""
+        points = sigmas if self.cut is None else [*sigmas[: self.cut], 0.0]
+        return [point for i, point in enumerate(points) if i not in self.passed]
 
     @property
     def stochastic(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -180,8 +181,11 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a kill, finds the old content or the new one, and nothing in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file so that a reader, or a kill, finds the old content or the new one, and nothing in between.
+
+    Several processes may write the same one at once, of several machines too: one of them is last, and whole.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

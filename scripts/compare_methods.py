@@ -1,16 +1,18 @@
 """Trainers against each other on an embedded world at equal compute, over seeds: a table, and the curves behind it.
 
-    python scripts/compare_methods.py --out build/methods --seeds 0 1 2 --gain 0.05 0.10 \\
-        --arm 'DRaFT = draft/shapes' \\
-        --arm 'Flow-GRPO = flow_grpo/shapes --reward "{class: rewards.CLIPScore, model: shapes}" --epochs 100'
+    python scripts/compare_methods.py --out build/methods --seeds 0 1 2 --compute 200000 --gain 0.05 0.10 \\
+        --arm 'Flow-GRPO = flow_grpo/shapes' --arm 'DenseGRPO = dense_grpo/shapes --completion_steps 2' \\
+        --arm 'Flow-DPO + 56000 = flow_dpo/shapes'
 
-An arm is a name, a config and options of it, as `flowalign train` takes them. Each is trained with each seed, unless
-its folder is there. Compute is counted in forwards of one network row: a row with its backward is 3, and so are decode
-and reward where gradients go through them; what those two cost is measured once for each arm. Evaluations are not
-counted. Of each run the curve of held-out scores is written to OUT/curves.jsonl, and to the table:
+An arm is a name, a config and options of it, as `flowalign train` takes them; what stored pairs took to be made is told
+with a plus. Each is trained with each seed; what has been trained in part goes on, and what is done is not done again.
+Compute is counted in forwards of one network row: a row with its backward is 3, and so are decode and reward where
+gradients go through them; what those two cost is measured once for each arm. Evaluations are not counted. With
+--compute an arm gets as many epochs as it pays for, and its learning rate falls over all of them. Of each run the curve
+of held-out scores is written to OUT/curves.jsonl, and to the table:
 
-    gain       of the kept policy over the base on 512 held-out prompts that no run looked at, and the lower end of its
-               paired 95 % interval
+    gain       of the kept policy over the base on 2,048 held-out prompts that no run looked at, and the lower end of
+               its paired 95 % interval
     cost of g  compute until the run's own evaluations were at least g above the base for the first time
 """
 
@@ -21,7 +23,7 @@ import json
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +41,42 @@ from flowalign.sample import pictures
 from rewards.base import Reward
 from trainers import BestOfN
 from trainers.base import Trainer
+from trainers.forward_process import ForwardProcessTrainer
 from trainers.reward_gradient import RewardGradientTrainer
 
-JUDGED, SEED = 512, 1  # held-out prompts of the table, which have another seed than the configs' own
+CYCLE = 12  # epochs, after which plans that take steps in turn have taken all alike
+JUDGED, SEED = 2048, 1  # held-out prompts of the table, which have another seed than the configs' own
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method: its name, and the config with its options."""
+    """A method: its name, the config with its options, and what was spent before, as on stored pairs."""
 
     name: str
     config: dict[str, Any]
+    spent: float = 0.0
 
     @classmethod
     def of(cls, text: str) -> Arm:
-        """From "NAME = CONFIG --key value ..."."""
-        name, _, rest = text.partition("=")
+        """From "NAME = CONFIG --key value ...", or "NAME + SPENT = ..."."""
+        told, _, rest = text.partition("=")
+        name, _, spent = told.partition("+")
         config, *words = shlex.split(rest)
-        return cls(name.strip(), override(load_yaml(find_config(config)), read_options(words)))
+        return cls(name.strip(), override(load_yaml(find_config(config)), read_options(words)), float(spent or 0))
 
     def trainer(self, folder: Path, seed: int) -> tuple[Trainer, dict[str, Any]]:
         """A trainer, and its resolved config."""
         call = parse_trainer(override(self.config, {"folder": str(folder), "seed": seed}))
         return construct(call), {"trainer": call.path, **arguments_of(call)}
+
+    def paid_by(self, compute: float, folder: Path) -> Arm:
+        """The same with as many epochs as so much compute pays for, five evaluations, and the decay over all."""
+        trainer, _ = self.trainer(folder, 0)
+        cycle = [trainer.needed(trainer.collection.epoch(number)) for number in range(CYCLE)]
+        rows = sum(one.forward + 3 * one.gradient for one in cycle) / CYCLE
+        epochs = max(1, round((compute - self.spent) / (rows + sample_cost(trainer))))
+        changed = {"epochs": epochs, "optimizer.decay": epochs * trainer.updates_per_epoch}
+        return replace(self, config=override(self.config, changed | {"evaluation.every": -(-epochs // 5)}))
 
 
 @dataclass(frozen=True)
@@ -76,23 +91,27 @@ class Point:
 def sample_cost(trainer: Trainer) -> float:
     """Decode and reward of an epoch's samples, in forwards of one network row."""
     sampling, model, reward = trainer.sampling, trainer.model, trainer.reward
+    if isinstance(trainer, ForwardProcessTrainer) and trainer.stored:
+        return 0.0  # nothing is sampled
     one = trainer.collection.told(range(1))
     prices = BestOfN(
         model, reward, one, 1, sampling.steps, sampling.guidance_scale, batch_size=sampling.rows_per_call
     ).start().prices  # fmt: skip
-    scored = sampling.groups * sampling.group_size
+    epochs = [trainer.collection.epoch(number) for number in range(CYCLE)]
+    scored = sum(trainer.collection.media(epoch) for epoch in epochs) / CYCLE
     if isinstance(trainer, RewardGradientTrainer):
         return 3 * scored * trainer.views * (prices.decode + prices.reward)
     return scored * (prices.decode + prices.reward)
 
 
-def curve(folder: Path, per_epoch: float) -> Iterator[Point]:
-    """The evaluations of a run, with what it had cost until then."""
+def curve(folder: Path, spent: float, per_epoch: float) -> Iterator[Point]:
+    """The evaluations of a run, with what it had cost until then, and before."""
     run = read_run(folder)
     costs = [row.get("rows/forward") + 3 * row.get("rows/gradient") + per_epoch for row in run.epochs]
     for row in run.evaluations:
-        scores = {name.removeprefix("held-out/"): row.get(name) for name in row.values if "/clause/" not in name}
-        yield Point(row.step, sum(costs[: row.step]), {k: v for k, v in scores.items() if not k.startswith("time/")})
+        told = [name for name in row.values if "/clause/" not in name and not name.startswith("time/")]
+        scores = {name.removeprefix("held-out/"): row.get(name) for name in told}
+        yield Point(row.step, spent + sum(costs[: row.step]), scores)
 
 
 def judged(config: dict[str, Any], lora: Path | None) -> Tensor:
@@ -102,7 +121,8 @@ def judged(config: dict[str, Any], lora: Path | None) -> Tensor:
     prompts = evaluation["prompts"] | {"count": JUDGED, "seed": SEED}
     asked = {"model": model, "reward": evaluation.get("reward") or config["reward"], "prompts": prompts}
     policy, reward, told = build(_parts, asked)
-    drawn = torch.cat([*pictures(policy, told, sampling["steps"], sampling["guidance_scale"], 7, "evidence", 128)])
+    steps, scale = (evaluation.get(name) or sampling[name] for name in ("steps", "guidance_scale"))
+    drawn = torch.cat([*pictures(policy, told, steps, scale, 7, "evidence", 128)])
     return reward(shown(drawn, told, policy.fps), told).parts[evaluation["metric"]]
 
 
@@ -114,9 +134,8 @@ def run(arm: Arm, seed: int, out: Path, gains: list[float], before: Tensor) -> d
     """Train, if it has not been done, and say what came of it."""
     folder, started = out / f"{arm.name}-{seed}".replace(" ", "_"), time.monotonic()
     trainer, config = arm.trainer(folder, seed)
-    if not (folder / "best.json").is_file():
-        trainer.train(config, resume=folder.is_dir())
-    points = [*curve(folder, sample_cost(trainer))]
+    trainer.train(config, resume=folder.is_dir())  # returns at once where all epochs are made
+    points = [*curve(folder, arm.spent, sample_cost(trainer))]
     with (out / "curves.jsonl").open("a") as file:
         file.writelines(json.dumps({"arm": arm.name, "seed": seed, **asdict(one)}) + "\n" for one in points)
     after = judged(arm.config, folder / "lora")
@@ -142,12 +161,14 @@ def main() -> None:
     parser.add_argument("--arm", action="append", required=True, type=Arm.of, metavar="'NAME = CONFIG --key value'")
     parser.add_argument("--out", type=Path, default=Path("build/methods"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--compute", type=float, help="of each run, in forwards; by default what its config comes to")
     parser.add_argument("--gain", type=float, nargs="+", default=[0.05, 0.1])
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for arm in arguments.arm:
+    for asked in arguments.arm:
+        arm = asked.paid_by(arguments.compute, arguments.out / "unused") if arguments.compute else asked
         before = judged(arm.config, None)
         for seed in arguments.seeds:
             line = json.dumps(run(arm, seed, arguments.out, arguments.gain, before))

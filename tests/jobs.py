@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign import checkpoint
+from flowalign.credit import GDPO
+from flowalign.guidance import Guided
 from flowalign.models.sd3 import SD3
 from flowalign.randomness import key_generator
 from flowalign.records import Media, Prompts
-from flowalign.schedules import AllSteps, LastSteps, LateStep, linear
-from flowalign.transitions import FlowSDE
+from flowalign.schedules import AllSteps, FanOut, LastSteps, LateStep, linear
+from flowalign.transitions import DanceSDE, FlowSDE
+from flowalign.trees import Tree
+from flowalign.windows import PromptWindow, ShortTail
 from rewards import RunningNormalise
 from rewards.base import FunctionReward, as_reward
 from tests.tiny import tiny_sd3
@@ -35,6 +39,7 @@ from trainers import (
     FlowDPO,
     FlowGRPO,
     FlowRWR,
+    GridTimes,
     InstructVideo,
     LogitNormalTimes,
     Optimizer,
@@ -42,8 +47,18 @@ from trainers import (
     ReFL,
     Sampling,
 )
+from trainers.awm import AWM, huber, unit_advantages
 from trainers.base import Trainer
+from trainers.euphonium import Euphonium
+from trainers.g2rpo import G2RPO
+from trainers.grpo_guard import GRPOGuard
+from trainers.nft import DiffusionNFT
+from trainers.regularisers import BandCoefficient, Refresh
+from trainers.resampling import HasSpread, Resample
+from trainers.supervised import Supervised
+from trainers.tree_grpo import TreeGRPO
 
+LITTLE = 2.45  # spread of a group's scores, in `credit_job`
 PROMPTS = ["a red circle", "a blue square", "two stars"]  # fewer than three epochs take, so that the order wraps
 
 HELD = TemporaryDirectory(prefix="flowalign-")  # one place, so that runs of several folders have the same prompts
@@ -181,13 +196,87 @@ def raft_job(folder: Path, **changes: Any) -> RAFT:
     return RAFT(**_settings(folder, sampling) | {"passes": 2, "top_share": 0.8} | changes)
 
 
+def third(step: int) -> float:
+    """A decay that is there from the start."""
+    return 1 / 3
+
+
+def nft_job(folder: Path, **changes: Any) -> DiffusionNFT:
+    """The same run by attraction and repulsion, from samples of an older policy, with a KL; odd micro-batches."""
+    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    own = {"decay": third, "kl_coef": 0.1, "beta": 0.5, "times": GridTimes(2)}
+    return DiffusionNFT(**_settings(folder, sampling) | own | changes)
+
+
+def awm_job(folder: Path, **changes: Any) -> AWM:
+    """The same run by weighted matching, whose second step has ratios to the policy that an epoch starts with."""
+    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    own = {"weighting": huber, "older_coef": 0.5, "advantages": unit_advantages, "times": GridTimes(2)}
+    return AWM(**_settings(folder, sampling) | own | changes)
+
+
+def tree_job(folder: Path, **changes: Any) -> TreeGRPO:
+    """The same run on binary trees, of which the last micro-batch of an epoch has one and a padded one."""
+    sampling = Sampling(
+        Tree(FlowSDE(0.7), (0, 1), (2, 2)), groups=3, group_size=4, batch_size=2, rows_per_call=2, steps=3,
+        guidance_scale=2.0,
+    )  # fmt: skip
+    return TreeGRPO(**_settings(folder, sampling) | {"kl_coef": 0.1, "clip_range": 1e-3} | changes)
+
+
+def euphonium_job(folder: Path, **changes: Any) -> Euphonium:
+    """The same run, whose last two steps follow the reward's gradient."""
+    sampling = Sampling(
+        AllSteps(DanceSDE(0.5)), groups=2, group_size=4, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+    )
+    return Euphonium(**_settings(folder, sampling) | {"guided": Guided((1, 2), 0.5), "clip_range": 1e-3} | changes)
+
+
+def guard_job(folder: Path, **changes: Any) -> GRPOGuard:
+    """The same run with two noisy steps of each prompt's own, tails of fewer steps and weights of the steps."""
+    plan = ShortTail(PromptWindow(FlowSDE(0.7), 2, 0, 4, shared_noise=True), 2)
+    sampling = Sampling(plan, groups=3, group_size=4, batch_size=2, rows_per_call=2, steps=5, guidance_scale=2.0)
+    return GRPOGuard(**_settings(folder, sampling) | {"clip_range": 1e-4, "kl_coef": 0.1} | changes)
+
+
+def g2rpo_job(folder: Path, **changes: Any) -> G2RPO:
+    """The same run from two steps of each anchor, of which an epoch's last micro-batch has one and a padded one."""
+    sampling = Sampling(
+        FanOut(FlowSDE(0.7), (0, 1)), groups=3, group_size=4, batch_size=2, rows_per_call=3, steps=3, guidance_scale=2.0
+    )
+    return G2RPO(**_settings(folder, sampling) | {"kl_coef": 0.1, "clip_range": 1e-3} | changes)
+
+
+def evenness(media: Media, prompts: Prompts) -> Tensor:
+    """How alike two channels are: another scale than redness."""
+    return -(media.pixels[:, 0] - media.pixels[:, 1]).abs().mean((1, 2))
+
+
+def credit_job(folder: Path, **changes: Any) -> FlowGRPO:
+    """The same run by two terms, each normalised; groups of little spread are drawn again, in rounds of three
+    micro-batches; the coefficient follows the KL to a reference that is renewed after the second epoch; the best of
+    each group is imitated."""
+    sampling = Sampling(
+        AllSteps(FlowSDE(0.7)), groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+    )
+    settings = _settings(folder, sampling)
+    own = {
+        "reward": settings["reward"] + 0.5 * FunctionReward(evenness), "advantages": GDPO(), "clip_range": 1e-3,
+        "kl_coef": BandCoefficient(0.1, target=1e-3), "refresh": Refresh(2), "supervised": Supervised(0.1),
+        "selection": Resample(3, HasSpread(LITTLE)),
+    }  # fmt: skip
+    return FlowGRPO(**settings | own | changes)
+
+
 JOBS: dict[str, Callable[..., Trainer]] = {
-    "flow_grpo": job, "dense_grpo": dense_job, "draft": draft_job, "refl": refl_job,
+    "flow_grpo": job, "credit": credit_job, "dense_grpo": dense_job, "draft": draft_job, "refl": refl_job,
     "instruct_video": instruct_video_job, "ipro": ipro_job, "dpo": dpo_job, "pairs": pairs_job, "rwr": rwr_job,
-    "raft": raft_job,
+    "raft": raft_job, "tree": tree_job, "euphonium": euphonium_job, "nft": nft_job, "awm": awm_job, "g2rpo": g2rpo_job,
+    "guard": guard_job,
 }  # fmt: skip
+REPLAYED = ("tree", "euphonium")
 BY_GRADIENT = ("draft", "refl", "instruct_video", "ipro")
-FORWARD = ("dpo", "pairs", "rwr", "raft")
+FORWARD = ("dpo", "pairs", "rwr", "raft", "nft")
 
 
 def _settings(folder: Path, sampling: Sampling) -> dict[str, Any]:

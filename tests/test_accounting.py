@@ -131,9 +131,9 @@ def test_an_epoch_makes_the_rows_its_maths_need(
     )
     batch = trainer.collect(0)
     trainer.update(batch)
-    epoch, trained = trainer.collection.epoch(0), trainer.trained_steps(batch.path)
+    epoch = trainer.collection.epoch(0)
     assert watched.rows() == trainer.state.rows == rows
-    assert trainer.collection.needed(epoch, trained, trainer.needs_reference()) == rows
+    assert trainer.collection.needed(epoch, trainer.trained_steps, trainer.needs_reference()) == rows
 
 
 def test_cost() -> None:

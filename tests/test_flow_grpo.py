@@ -13,7 +13,7 @@ from flowalign.transitions import ODE, FlowSDE, Memoryless, Transition, exact_kl
 from trainers import FlowGRPO, Optimizer, Sampling
 from trainers.batch import summary
 
-STEPS = 40
+STEPS = 12
 
 
 def level(media: Media, prompts: Prompts) -> torch.Tensor:
@@ -29,12 +29,12 @@ def centred(rewards: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     return group_advantages(rewards, group_ids, std=lambda r, g: torch.ones_like(r))
 
 
-def trainer(folder, transition: Transition, reward=level, epochs: int = 160, **changes) -> FlowGRPO:
+def trainer(folder, transition: Transition, reward=level, epochs: int = 100, **changes) -> FlowGRPO:
     settings = {
         "sampling": Sampling(
             AllSteps(transition, last_step=False), 2, 64, batch_size=128, steps=STEPS, guidance_scale=1.0
         ),
-        "optimizer": Optimizer(learning_rate=0.1, weight_decay=0.0, max_grad_norm=1e3, ema_decay=0.98, ema_every=1),
+        "optimizer": Optimizer(learning_rate=0.15, weight_decay=0.0, max_grad_norm=1e3, ema_decay=0.97, ema_every=1),
         "updates_per_epoch": 1,
         "kl_coef": 1.0,
         "kl": exact_kl,
@@ -67,9 +67,9 @@ def affine_steps(model: GaussianModel, transition: Transition) -> list[tuple[flo
     return steps
 
 
-def optimum(transition: Transition) -> GaussianModel:
+def optimum(transition: Transition, steps: int = STEPS) -> GaussianModel:
     """The exact optimum of E[x_0] - KL: a step's mean moves by std^2 times the slope of the rest of the sampler."""
-    model = GaussianModel(grid=linear(STEPS))
+    model = GaussianModel(grid=linear(steps))
     rest = 1.0
     for k, (slope, _, per_velocity, std) in reversed(list(enumerate(affine_steps(model, transition)))):
         model.bias.data[k] = std**2 * rest / per_velocity
@@ -79,15 +79,28 @@ def optimum(transition: Transition) -> GaussianModel:
 
 @pytest.mark.parametrize("transition", [FlowSDE(0.7), Memoryless()], ids=str)
 def test_training_reaches_the_tilted_law(transition, tmp_path):
-    """Base N(0, 1), reward x, KL weight 1: the target is N(1, 1) where the sampler that is trained is used again."""
+    """Base N(0, 1), reward x, KL weight 1. Over five seeds mean and variance are within .04 and .07 of the optimum's."""
     run = trainer(tmp_path / "run", transition)
     run.train()
     with run.optimizer.averaged():
         mean, var = law(run.model, transition)
         ode_mean, _ = law(run.model, ODE())
-    assert mean == pytest.approx(1.0, abs=0.1)
-    assert var == pytest.approx(1.0, rel=0.15)
-    assert ode_mean == pytest.approx(law(optimum(transition), ODE())[0], abs=0.1)
+    best = optimum(transition)
+    best_mean, best_var = law(best, transition)
+    assert mean == pytest.approx(best_mean, abs=0.07)
+    assert var == pytest.approx(best_var, rel=0.12)
+    assert ode_mean == pytest.approx(law(best, ODE())[0], abs=0.07)
+
+
+@pytest.mark.parametrize("transition", [FlowSDE(0.7), Memoryless()], ids=str)
+def test_the_optimum_is_the_tilted_law(transition):
+    """exp(x) N(0, 1) is N(1, 1), where the sampler that is trained is used again: to order 1 / steps."""
+    off = []
+    for steps in (STEPS, 40, 320):
+        mean, var = law(optimum(transition, steps), transition)
+        off.append(max(abs(mean - 1), abs(var - 1)))
+    assert off[0] > off[1] > off[2]
+    assert off[2] < 0.01
 
 
 def test_only_the_memoryless_sde_leaves_the_ode_with_the_same_law():
@@ -95,7 +108,7 @@ def test_only_the_memoryless_sde_leaves_the_ode_with_the_same_law():
 
     The fine-grid limits are 4 / (2 + a^2) = 1.606 and 1; at 40 steps the exact optima give 1.205 and 0.966.
     """
-    means = [law(optimum(transition), ODE())[0] for transition in (FlowSDE(0.7), Memoryless())]
+    means = [law(optimum(transition, 40), ODE())[0] for transition in (FlowSDE(0.7), Memoryless())]
     assert means == pytest.approx([1.205, 0.966], abs=1e-3)
 
 

@@ -17,9 +17,9 @@ from flowalign.distributed import share
 from flowalign.schedules import AllSteps, FanOut
 from flowalign.transitions import FlowSDE
 from tests import processes
-from tests.jobs import BY_GRADIENT, FORWARD, JOBS, job, rows
+from tests.jobs import BY_GRADIENT, FORWARD, JOBS, REPLAYED, job, rows
 from trainers import Optimizer, Sampling
-from trainers.collection import gather_files
+from trainers.gathering import gather_files
 
 GENTLE = Optimizer(
     3e-4,  # the default: AdamW moves what has no gradient but rounding by up to its learning rate
@@ -109,6 +109,22 @@ def first_gradient(kind: str, folder: Path, rank: int = 0) -> list[Any]:
     trainer.optimizer.adamw.register_step_pre_hook(lambda *_: seen.extend(v.grad.numpy().copy() for v in values))
     trainer.train(report=False)
     return seen
+
+
+@pytest.mark.parametrize("kind", REPLAYED)
+def test_other_rollouts_and_their_gradient_are_the_same_on_any_number_of_processes(kind, tmp_path):
+    """Whole trees, in micro-batches of two out of three; and rollouts that follow a reward's gradient."""
+
+    def work(folder: Path, rank: int) -> tuple[Any, ...]:
+        batch = JOBS[kind](folder / "rollout").collect(0)
+        return batch.scores.total.numpy(), batch.advantages.numpy(), first_gradient(kind, folder / "run")
+
+    (alone,) = processes.run(1, tmp_path, functools.partial(work, tmp_path / "1"))
+    assert max(np.abs(one).max() for one in alone[2]) > 1e-3
+    for rewards, advantages, gradient in processes.run(2, tmp_path, functools.partial(work, tmp_path / "2")):
+        assert np.array_equal(rewards, alone[0])
+        assert np.array_equal(advantages, alone[1])
+        assert max(np.abs(a - b).max() for a, b in zip(gradient, alone[2], strict=True)) <= 1e-6
 
 
 @pytest.mark.parametrize("kind", BY_GRADIENT)

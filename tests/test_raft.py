@@ -51,6 +51,16 @@ def test_rounds_go_on_from_one_another(tmp_path, quick):
     assert (told[0]["chosen"], told[0]["ess"]) == (128, pytest.approx(1 / 4))
 
 
+@pytest.mark.parametrize(("refresh", "begins"), [(0, 0), (2, 2)])
+def test_a_round_of_several_epochs_draws_from_where_it_begins(refresh, begins, tmp_path, quick):
+    """With two epochs a round, the third is the first that samples what has been learnt."""
+    changed = settings(tmp_path, 128, 4, 16, epochs=3)
+    RAFT(reward=level, passes=4, refresh=refresh, **changed).train(report=False)
+    sampled = [row["reward"] for row in rows(tmp_path) if "reward" in row]
+    assert sampled[:2] == pytest.approx([0, 0], abs=0.05)
+    assert (sampled[2] > 0.2) == bool(begins)
+
+
 EASIER = 0.3
 
 

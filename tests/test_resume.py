@@ -94,12 +94,14 @@ GRADIENT_KILLS = [("path", 1), ("path", 7), ("step", 3), ("reward", 9), ("seal",
 ALL_KILLS = [
     *(("flow_grpo", *kill) for kill in KILLS),
     *(("dense_grpo", *kill) for kill in [("rollout", 3), ("rollout", 10), ("reward", 9), ("update", 15), ("seal", 3)]),
+    ("tree", "update", 11), ("euphonium", "rollout", 6), ("guard", "update", 9),
     *(("draft", *kill) for kill in GRADIENT_KILLS),
     *(("refl", *kill) for kill in GRADIENT_KILLS[1:3]),
     *((kind, *GRADIENT_KILLS[1]) for kind in BY_GRADIENT[2:]),
     *(("dpo", *kill) for kill in [("rollout", 9), ("forward", 3), ("forward", 10), ("forward step", 6), ("seal", 6)]),
+    ("g2rpo", "update", 9), ("awm", "forward", 12),
     *(("pairs", *kill) for kill in [("forward", 2), ("forward step", 3), ("seal", 3)]),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "place", "turn"), ALL_KILLS)
@@ -115,8 +117,8 @@ def test_a_killed_run_comes_to_the_same(kind, place, turn, tmp_path, unbroken):
     [
         ("flow_grpo", "rollout", 3, 0), ("flow_grpo", "reward", 3, 1), ("flow_grpo", "update", 8, 1),
         ("flow_grpo", "write", 2, 1), ("flow_grpo", "seal", 4, 0), ("dense_grpo", "update", 7, 1),
-        ("draft", "path", 3, 1), ("refl", "step", 2, 0), ("instruct_video", "path", 3, 0), ("dpo", "forward", 6, 1),
-        ("pairs", "forward step", 4, 0),
+        ("tree", "update", 5, 1), ("draft", "path", 3, 1), ("refl", "step", 2, 0), ("instruct_video", "path", 3, 0),
+        ("dpo", "forward", 6, 1), ("pairs", "forward step", 4, 0),
     ],
 )  # fmt: skip
 def test_one_of_two_processes_is_killed(kind, place, turn, victim, tmp_path, unbroken):
@@ -228,7 +230,7 @@ def test_a_run_by_the_forward_process_goes_on_with_another_number_of_processes(k
     work = functools.partial(told, folder, **changes)
     processes.run(2, tmp_path, dying(work, "forward step", 5, 0, signal.SIGTERM))
     assert state_of(folder).part == 1
-    assert bool(state_of(folder).older) == (kind in ("dpo", "rwr"))
+    assert bool(state_of(folder).older) == (kind in ("dpo", "rwr", "nft"))
     processes.run(3, tmp_path, functools.partial(train, folder, **changes))
     assert_close(folder, tmp_path / "whole")
 
@@ -265,8 +267,9 @@ def test_a_finished_run_is_left_as_it_is_and_more_epochs_go_on(tmp_path, capsys)
 
 
 # `seconds` and `clock` are of the clock alone, `scaler` matters where a gradient overflows in fp16, and `skipped` where
-# several optimizer steps in a row do: each has a test of its own below. `older` and `noise` are none of this trainer's.
-APART = {"seconds", "clock", "scaler", "skipped", "older", "noise"}
+# several optimizer steps in a row do: each has a test of its own below. `older`, `noise`, `rounds` and
+# `kl_coef` are none of this trainer's.
+APART = {"seconds", "clock", "scaler", "skipped", "older", "noise", "rounds", "kl_coef"}
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,31 @@ def test_ipro_s_settings_are_the_published_ones(name: str) -> None:
     assert config["reward"]["pool"] == "mean"
 
 
+def test_branch_grpo_s_settings_are_the_published_ones() -> None:
+    config = resolved("tree_grpo/flux.1-dev_hpsv2.yaml")
+    sampling, plan = config["sampling"], config["sampling"]["plan"]
+    assert (plan["steps"], plan["children"], plan["between"]) == ([0, 3, 6, 9], [2] * 4, True)
+    assert plan["transition"] == {"class": "flowalign.transitions.DanceSDE", "noise_level": 0.3}
+    assert [sampling[key] for key in ("group_size", "steps", "guidance_scale")] == [16, 20, 3.5]
+    assert (config["clip_range"], config["kl_coef"], config["epochs"] * config["updates_per_epoch"]) == (1e-3, 0, 300)
+    assert (config["compare"], config["weighting"]) == ("flowalign.trees.depths", "flowalign.trees.by_edges")
+    assert config["advantages"] == "flowalign.advantages.dancegrpo_advantages"
+    assert (config["optimizer"]["learning_rate"], config["optimizer"]["weight_decay"]) == (1e-5, 1e-4)
+    assert (config["model"]["height"], config["model"]["width"], config["reward"]) == (720, 720, "hpsv2.1")
+
+
+def test_euphonium_s_settings_are_the_published_ones() -> None:
+    config = resolved("euphonium/wan2.1_videoreward.yaml")
+    guided, sampling = config["guided"], config["sampling"]
+    assert (guided["steps"], guided["scale"], guided["times_dt"]) == ([12, 13, 14, 15], 0.01, True)
+    level = sampling["plan"]["transition"]["noise_level"]
+    assert guided["scale"] == pytest.approx(level**2 / (2 * 3.125))  # their beta
+    assert [sampling[key] for key in ("group_size", "steps")] == [8, 16]
+    assert sampling["plan"]["shared_noise"] is True
+    assert (config["outcome_coef"], config["process_coef"], config["clip_range"]) == (1, 1, 1e-4)
+    assert (config["optimizer"]["learning_rate"], config["epochs"]) == (1e-6, 501)
+
+
 def test_flow_dpo_s_settings_are_those_of_flow_grpo_s_code() -> None:
     config = resolved("flow_dpo/sd3.5_pickscore.yaml")
     assert (config["beta"], config["weighting"], config["reduce"]) == (

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,7 @@ from trainers.collection import Collection, Epoch
 from trainers.evaluation import Asked, Evaluation, Evaluator
 from trainers.keeper import Checkpoints, Keeper
 from trainers.optim import Optimizer, PolicyOptimizer
+from trainers.resampling import grown
 from trainers.state import Collected, State
 
 if TYPE_CHECKING:
@@ -128,9 +129,14 @@ class Trainer(ABC):
         held = self.evaluator.prompts
         return "none" if held is None else held.fingerprint()
 
-    def mine(self, epoch: Epoch) -> range:
+    def epoch_of(self, number: int, rounds: Sequence[Sequence[int]]) -> Epoch:
+        """An epoch with all its rounds: of groups that are sampled again, those of each further one."""
+        size = self.sampling.group_size
+        return reduce(lambda made, groups: grown(made, groups, size), rounds, self.collection.epoch(number))
+
+    def mine(self, epoch: Epoch) -> Sequence[int]:
         """The micro-batches of `state.buffer` that are this process's."""
-        return self.collection.mine(epoch)
+        return [index for held in self.collection.shares(epoch) for index in held]
 
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference model; its pass is left out otherwise."""
@@ -180,7 +186,8 @@ class Trainer(ABC):
             clean: as of `Collection.collect`.
         """
         mine, buffer = self.mine(epoch), self.state.buffer
-        turns = -(-self.collection.micro_batches(epoch) // world_size())
+        held = [self.collection.shares(epoch, process) for process in range(world_size())]
+        turns = max(sum(map(len, each)) for each in held)
         for turn in range(turns):
             if keeper is not None and not self.state.part:
                 keeper.poll("rollout", turn, turns)
@@ -254,10 +261,10 @@ class Trainer(ABC):
         worked = self.work(keeper)
         for normaliser in self.normalisers.values():
             normaliser.update(worked.scores)
-        needed = self.needed(self.collection.epoch(self.state.epoch))
+        needed = self.needed(self.epoch_of(self.state.epoch, self.state.rounds))
         metrics = worked.metrics | keeper.costs(needed)
         self.state.epoch += 1
-        self.state.part, self.state.buffer, self.state.seen = 0, {}, []
+        self.state.part, self.state.buffer, self.state.seen, self.state.rounds = 0, {}, [], []
         self.state.rows, self.state.seconds = Rows(), {}
         run.log(self.state.epoch, metrics)
         for name, (limit, counts) in worked.histograms.items():

@@ -43,10 +43,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Rows of an epoch, one after another, whose media have one size."""
+    """Rows of an epoch, one after another, whose media have one size and whose rollouts have one path.
+
+    path: None for that of the whole batch.
+    """
 
     size: Size
     rows: range
+    path: Path | None = None
 
     def among(self, rows: range) -> range:
         """Those of its rows that are among these."""
@@ -56,11 +60,17 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a batch that one process holds and whose media have one size, and their stochastic steps."""
+    """Rows of one bucket that one process holds, and their stochastic steps."""
 
-    size: Size
+    bucket: Bucket
+    path: Path
     rows: Int[Tensor, " r"]
     steps: tuple[Step, ...]
+
+    @property
+    def size(self) -> Size:
+        """Of its media."""
+        return self.bucket.size
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,8 @@ class Batch:
     All else is of the whole epoch, on every process. texts: the prompt of each row; negatives: what its unconditional
     call is told, if not what all are; images: the files that their media start from, if they do. Scores and advantages
     are per sample, samples contiguous by row; weights are 0 for samples without a valid score. buckets: the rows by
-    size; by default all have the model's own. The steps of one size follow those of another.
+    size and path; by default all have the model's own size. The steps of one bucket follow those of another. latents:
+    where this process's samples have ended, by bucket, for a trainer that keeps them.
     """
 
     path: Path
@@ -85,15 +96,27 @@ class Batch:
     negatives: tuple[str | None, ...] = ()
     buckets: tuple[Bucket, ...] = ()
     images: tuple[str, ...] = ()
+    latents: tuple[Tensor, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What this process holds, by size."""
-        buckets = self.buckets or (Bucket(Size(), range(len(self.texts))),)
-        inside = [(self.rows >= one.rows.start) & (self.rows < one.rows.stop) for one in buckets]
-        held = [(one.size, self.rows[chosen]) for one, chosen in zip(buckets, inside, strict=True) if chosen.any()]
-        each = len(self.steps) // max(len(held), 1)
-        return tuple(Part(*one, self.steps[i * each : (i + 1) * each]) for i, one in enumerate(held))
+        """What this process holds, by bucket."""
+        inside = [(self.rows >= one.rows.start) & (self.rows < one.rows.stop) for one in self.cut]
+        held = [(one, self.rows[chosen]) for one, chosen in zip(self.cut, inside, strict=True) if chosen.any()]
+        each = len(self.steps) // max(len(held), 1)  # the paths of an epoch have as many stochastic steps
+        return tuple(
+            Part(one, self.path_of(one), rows, self.steps[i * each : (i + 1) * each])
+            for i, (one, rows) in enumerate(held)
+        )
+
+    @property
+    def cut(self) -> tuple[Bucket, ...]:
+        """All rows by bucket."""
+        return self.buckets or (Bucket(Size(), range(len(self.texts))),)
+
+    def path_of(self, bucket: Bucket) -> Path:
+        """What the rollouts of a bucket did at each step."""
+        return self.path if bucket.path is None else bucket.path
 
     def condition(self, model: Model, rows: Sequence[int]) -> Condition:
         """What the network is told of rows."""
@@ -105,6 +128,31 @@ class Batch:
     def members(self) -> int:
         """Samples per row."""
         return len(self.group_ids) // len(self.texts)
+
+
+def in_buckets(
+    prompts: Sequence[int], sizes: Sequence[Size], paths: Sequence[Path], order: Sequence[Size], rows: int
+) -> tuple[tuple[int, ...], tuple[Bucket, ...]]:
+    """Prompts, those of one size and path together, and what that makes of rows.
+
+    Args:
+        prompts: of an epoch's groups. sizes, paths: of each of them.
+        order: of the sizes; paths come in the order of their stochastic steps.
+        rows: of each prompt.
+    """
+    distinct = list[Path]()
+    for path in paths:
+        if path not in distinct:
+            distinct.append(path)
+    distinct.sort(key=lambda path: path.stochastic)
+    kinds = [(order.index(size), distinct.index(path)) for size, path in zip(sizes, paths, strict=True)]
+    sorted_, buckets = list[int](), list[Bucket]()
+    for one in sorted({*kinds}):
+        start = len(sorted_)
+        sorted_ += [prompt for prompt, kind in zip(prompts, kinds, strict=True) if kind == one]
+        own = distinct[one[1]] if len(distinct) > 1 else None
+        buckets.append(Bucket(order[one[0]], range(start * rows, len(sorted_) * rows), own))
+    return tuple(sorted_), tuple(buckets)
 
 
 def detached(scores: Scores) -> Scores:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 
-import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.accounting import Rows
-from flowalign.distributed import gather_text, rank, share, sum_over_ranks, world_size
+from flowalign.distributed import rank, share, world_size
+from flowalign.guidance import Guide
 from flowalign.media import real_media, shown
 from flowalign.models.base import Model
 from flowalign.prompts import epoch_prompts
@@ -23,8 +23,9 @@ from flowalign.randomness import key_noise, keyed_globals
 from flowalign.records import Condition, Prompts, PromptSet, Scores, Size, Step, Trajectory, join_steps
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
-from rewards.base import Reward, join_scores
-from trainers.batch import Bucket, Sampling, detached
+from flowalign.windows import PromptPlan, path_of
+from rewards.base import Reward
+from trainers.batch import Bucket, Sampling, detached, in_buckets
 from trainers.state import Collected
 
 
@@ -32,8 +33,10 @@ from trainers.state import Collected
 class Epoch:
     """What an epoch samples, a function of the seed and its number; the same on every process.
 
-    prompts: of each group, those with media of one size together. rows: (group, first member) of each row of a network
-    call. members: samples per row. buckets: the rows by size.
+    prompts: of each group, those with media of one size and with one path together. rows: (group, first member) of each
+    row of a network call. members: samples per row. buckets: the rows by size and path. path: of all of them, or where
+    they have their own of the first. rounds: the first row of each round of samples, of which there is one unless
+    groups are sampled again (`trainers.resampling`); all rows of a round have buckets of their own.
     """
 
     number: int
@@ -42,13 +45,32 @@ class Epoch:
     rows: tuple[tuple[int, int], ...]
     members: int
     buckets: tuple[Bucket, ...]
+    rounds: tuple[int, ...] = (0,)
 
     def size_of(self, row: int) -> Size:
         """Of the media of a row."""
-        return next(bucket.size for bucket in self.buckets if row in bucket.rows)
+        return self.bucket_of(row).size
+
+    def bucket_of(self, row: int) -> Bucket:
+        """The bucket that a row is in."""
+        return next(bucket for bucket in self.buckets if row in bucket.rows)
+
+    def path_of(self, bucket: Bucket) -> Path:
+        """What the rollouts of a bucket do at each step."""
+        return self.path if bucket.path is None else bucket.path
+
+    @property
+    def group_ids(self) -> Int[Tensor, " b"]:
+        """The group of each sample."""
+        return torch.tensor([group for group, _ in self.rows]).repeat_interleave(self.members)
+
+    @property
+    def paths(self) -> tuple[tuple[Path, int], ...]:
+        """Each bucket's path, and its rows."""
+        return tuple((self.path_of(bucket), len(bucket.rows)) for bucket in self.buckets)
 
     def cuts(self, batch_size: int) -> list[int]:
-        """The first row of each micro-batch, whose rows have one size; then the number of rows."""
+        """The first row of each micro-batch, whose rows are of one bucket; then the number of rows."""
         return [row for bucket in self.buckets for row in bucket.rows[::batch_size]] + [len(self.rows)]
 
 
@@ -57,7 +79,8 @@ class Draw:
     """What rows of an epoch are drawn from.
 
     samples: (group, member) of each. told: what a reward is told of each of them. start: noise of each row.
-    step_noise: the noise of a step, of each sample. clean: latents of each sample's real media, encoded once.
+    step_noise: the noise of a step, of each row that it leads to. clean: latents of each sample's real media, encoded
+    once.
     """
 
     samples: tuple[tuple[int, int], ...]
@@ -72,6 +95,7 @@ class Collection:
     """Makes the micro-batches of an epoch. Each is the same whichever process makes it, to the last bit."""
 
     keep_velocities = False  # of a rollout's stochastic steps, for `score`
+    keep_latents = False  # that rollouts end at, beside their stochastic steps
 
     def __init__(
         self, model: Model, reward: Reward, prompts: PromptSet, sampling: Sampling, policy: Policy, seed: int
@@ -96,38 +120,43 @@ class Collection:
     def epoch(self, number: int) -> Epoch:
         """What the epoch samples."""
         sampling = self.sampling
-        path = self.path(number)
         chosen = epoch_prompts(len(self.prompts), sampling.groups, number, self.seed)
-        members = 1 if path.branch is None else sampling.group_size
+        paths = self._paths(number, chosen)
+        members = paths[0].members(sampling.group_size)
         firsts = range(0, sampling.group_size, members)
-        groups, buckets = self._by_size(tuple(chosen), len(firsts))
+        asked = [self.order[0]] * len(chosen)
+        if len(self.order) > 1:
+            asked = [self.sizes[Size.of(metadata)] for metadata in self.told(tuple(chosen)).metadata]
+        groups, buckets = in_buckets(chosen, asked, paths, self.order, len(firsts))
         rows = tuple((g, m) for g in range(sampling.groups) for m in firsts)
-        return Epoch(number, path, groups, rows, members, buckets)
+        return Epoch(number, buckets[0].path or paths[0], groups, rows, members, buckets)
 
-    def path(self, number: int) -> Path:
-        """What an epoch's rollouts do at each step."""
-        return self.sampling.plan.resolve(self.sampling.steps, number, self.seed)
+    def path(self, number: int, prompt: int = 0) -> Path:
+        """What an epoch's rollouts of a prompt do at each step; most plans do the same for all."""
+        return path_of(self.sampling.plan, self.sampling.steps, number, self.seed, prompt)
 
-    def _by_size(self, chosen: tuple[int, ...], rows: int) -> tuple[tuple[int, ...], tuple[Bucket, ...]]:
-        """Prompts, those of one size together, and what that makes of rows, so many for each of them."""
-        if len(self.order) == 1:
-            return chosen, (Bucket(self.order[0], range(len(chosen) * rows)),)
-        asked = [self.sizes[Size.of(metadata)] for metadata in self.told(chosen).metadata]
-        sorted_, buckets = list[int](), list[Bucket]()
-        for size in self.order:
-            start = len(sorted_)
-            sorted_ += [prompt for prompt, one in zip(chosen, asked, strict=True) if one == size]
-            if len(sorted_) > start:
-                buckets.append(Bucket(size, range(start * rows, len(sorted_) * rows)))
-        return tuple(sorted_), tuple(buckets)
+    def _paths(self, number: int, prompts: Sequence[int]) -> list[Path]:
+        """That of each prompt."""
+        if not isinstance(self.sampling.plan, PromptPlan):
+            return [self.path(number)] * len(prompts)
+        own = {prompt: self.path(number, prompt) for prompt in prompts}
+        return [own[prompt] for prompt in prompts]
 
     def micro_batches(self, epoch: Epoch) -> int:
         """How many the epoch has, over all processes."""
         return len(epoch.cuts(self.sampling.batch_size)) - 1
 
     def mine(self, epoch: Epoch, process: int | None = None) -> range:
-        """Those of a process, by default of this one."""
-        return share(self.micro_batches(epoch), rank() if process is None else process, world_size())
+        """Those of a process, by default of this one, in an epoch of one round."""
+        (only,) = self.shares(epoch, process)
+        return only
+
+    def shares(self, epoch: Epoch, process: int | None = None) -> tuple[range, ...]:
+        """The micro-batches of a process, by default of this one, in each round: every round is shared out anew."""
+        cuts, at = epoch.cuts(self.sampling.batch_size), rank() if process is None else process
+        starts = [bisect_left(cuts, row) for row in (*epoch.rounds, len(epoch.rows))]
+        held = [(start, share(stop - start, at, world_size())) for start, stop in pairwise(starts)]
+        return tuple(range(start + part.start, start + part.stop) for start, part in held)
 
     def rows_of(self, epoch: Epoch, micro_batches: range) -> range:
         """The rows that consecutive micro-batches hold."""
@@ -144,20 +173,23 @@ class Collection:
         Args:
             clean: keep the latents that it ends at, instead of its stochastic steps.
         """
-        size = epoch.size_of(self.rows_of(epoch, range(index, index + 1)).start)
-        with self.model.sized(size):
-            return self._collect(epoch, index, self.grids[size], clean)
+        bucket = epoch.bucket_of(self.rows_of(epoch, range(index, index + 1)).start)
+        with self.model.sized(bucket.size):
+            return self._collect(epoch, index, epoch.path_of(bucket), self.grids[bucket.size], clean)
 
     def draw(self, epoch: Epoch, rows: Sequence[int]) -> Draw:
-        """What rows of one size are drawn from, that size being the model's; a row may come more than once."""
+        """What rows of one bucket are drawn from, its size being the model's; a row may come more than once."""
         groups, members, shape = [epoch.rows[row] for row in rows], epoch.members, self.model.latent_shape
         samples = tuple((g, m) for g, first in groups for m in range(first, first + members))
-        shared = members > 1
+        path, shared = epoch.path_of(epoch.bucket_of(rows[0])), members > 1
 
         def step_noise(step: int) -> Tensor:
-            return self.noise(epoch, samples, "step", step)
+            """Of each row that the step leads to, keyed by the first sample that comes of it."""
+            return self.noise(epoch, samples[:: members // path.width(step + 1, members)], "step", step)
 
-        starts = [key_noise(self.seed, "start", epoch.number, g, -1 if shared else m, shape=shape) for g, m in groups]
+        size = self.sampling.group_size  # a later round of a group shares the first one's start too
+        roots = [(g, -1 - m % size // members if shared else m) for g, m in groups]
+        starts = [key_noise(self.seed, "start", epoch.number, *root, shape=shape) for root in roots]
         compared = tuple(group for group, _ in samples)
         told = replace(self.told(epoch.prompts).rows(compared), groups=compared)
         condition = self.model.condition(self.told_rows(epoch, rows))
@@ -175,29 +207,39 @@ class Collection:
         shape = self.model.latent_shape
         return torch.stack([key_noise(self.seed, purpose, epoch.number, g, m, number, shape=shape) for g, m in samples])
 
-    def _collect(self, epoch: Epoch, index: int, sigmas: list[float], clean: bool) -> Collected:
+    def _collect(self, epoch: Epoch, index: int, path: Path, sigmas: list[float], clean: bool) -> Collected:
         rows, members = [*self.rows_of(epoch, range(index, index + 1))], epoch.members
         padded = rows + [rows[-1]] * (self.sampling.batch_size - len(rows))
         with self.model.meter.phase("rollout"):
             draw = self.draw(epoch, padded)
-            made = rollout(
-                self.model,
-                draw.condition,
-                draw.start,
-                sigmas,
-                epoch.path,
-                self.policy,
-                draw.step_noise,
-                members,
-                self.sampling.rows_per_call,
-                keep_velocities=self.keep_velocities,
-            )
+            made = self.roll(epoch, index, path, draw, sigmas)
         kept = len(rows) * members
         scores = self.score(epoch, index, draw, made, kept)
         if clean:
             return Collected((), scores, made.latents[:kept].to(self.model.steps_device))
-        steps = [step.rows(torch.arange(kept // step.members)).to(self.model.steps_device) for step in made.steps]
-        return Collected(tuple(steps), scores)
+        steps = [rows_of_step(step, len(rows), len(padded)).to(self.model.steps_device) for step in made.steps]
+        ends = made.latents[:kept].to(self.model.steps_device) if self.keep_latents else None
+        return Collected(tuple(steps), scores, ends)
+
+    def roll(self, epoch: Epoch, index: int, path: Path, draw: Draw, sigmas: list[float]) -> Trajectory:
+        """The rollouts of a micro-batch, padding included."""
+        return rollout(
+            self.model,
+            draw.condition,
+            draw.start,
+            path.grid(sigmas),
+            path,
+            self.policy,
+            draw.step_noise,
+            epoch.members,
+            self.sampling.rows_per_call,
+            keep_velocities=self.keep_velocities,
+            guide=self.guide(epoch, index, path, draw),
+        )
+
+    def guide(self, epoch: Epoch, index: int, path: Path, draw: Draw) -> Guide | None:
+        """What moves a micro-batch's steps on its way; nothing by default."""
+        return None
 
     def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int) -> Scores:
         """Of the first so many samples of a micro-batch; the others are padding."""
@@ -214,77 +256,48 @@ class Collection:
                 self.model.meter.count("decode")
             return torch.cat([self.model.decode(part) for part in parts])
 
-    def needed(self, epoch: Epoch, trained: Sequence[int], reference: bool) -> Rows:
+    def needed(self, epoch: Epoch, trained: Callable[[Path], Sequence[int]], reference: bool) -> Rows:
         """The fewest network rows that the epoch's rollouts and its update can do with.
 
         Args:
-            trained: steps whose density the loss reads. reference: whether it reads the reference's too.
+            trained: the steps of a path whose density the loss reads. reference: whether it reads the reference's too.
         """
-        samples = len(epoch.rows) * epoch.members
-        branch = len(epoch.path.transitions) if epoch.path.branch is None else epoch.path.branch
         total = Rows()
-        for step in range(len(epoch.path.transitions)):
-            calls = self.model.calls(self.policy.guidance_scale, self.sigmas[step])
-            sampled = len(epoch.rows) if step <= branch else samples
-            learnt = sampled if step in trained else 0
-            both = calls == 2 and self.policy.unconditional_grad
-            update = Rows(0, 2 * learnt) if both else Rows((calls - 1) * learnt, learnt)
-            total += Rows(calls * sampled) + update + Rows(calls * learnt if reference else 0)
+        for path, rows in epoch.paths:
+            learning = trained(path)
+            for step, sigma in enumerate(path.grid(self.sigmas)[:-1]):
+                calls = self.model.calls(self.policy.guidance_scale, sigma)
+                sampled = rows * path.width(step, epoch.members)
+                learnt = sampled if step in learning else 0
+                both = calls == 2 and self.policy.unconditional_grad
+                update = Rows(0, 2 * learnt) if both else Rows((calls - 1) * learnt, learnt)
+                total += Rows(calls * sampled) + update + Rows(calls * learnt if reference else 0)
         return total
 
     def scoring_rows(self, epoch: Epoch) -> Rows:
         """The network rows that scoring the epoch's samples takes beside their rollouts."""
         return Rows()
 
+    def media(self, epoch: Epoch) -> int:
+        """How many pictures or videos of the epoch are decoded and scored, by default each sample's."""
+        return len(epoch.rows) * epoch.members
+
+
+def rows_of_step(step: Step, kept: int, rows: int) -> Step:
+    """A step of the first `kept` of so many rows, with all that have come of them until then or will come of it."""
+    return step.rows(torch.arange(kept * len(step.latents) // rows))
+
+
+def no_steps(path: Path) -> tuple[int, ...]:
+    """None: of a loss that reads no step's density."""
+    return ()
+
 
 def join_steps_of(parts: Sequence[Collected]) -> tuple[Step, ...]:
-    """The steps of several micro-batches, rows in order; where sizes differ those of one size after another's."""
-    alike = [[*same] for _, same in groupby(parts, lambda part: [step.latents.shape[1:] for step in part.steps])]
+    """The steps of several micro-batches, rows in order; those of one size and path after another's."""
+
+    def kinds(part: Collected) -> list[tuple[int, torch.Size]]:
+        return [(step.interval.index, step.latents.shape[1:]) for step in part.steps]
+
+    alike = [[*same] for _, same in groupby(parts, kinds)]
     return tuple(join_steps(same) for one in alike for same in zip(*(part.steps for part in one), strict=True))
-
-
-def gather_scores(parts: Sequence[Scores], at: range, total: int) -> Scores:
-    """The scores of all samples on every process.
-
-    Args:
-        parts: this process's, which are those of the samples `at` out of `total`.
-    """
-    if world_size() == 1:
-        return join_scores(parts)
-    held = join_scores(parts) if parts else None
-    names = next(json.loads(text) for text in gather_text(json.dumps([*held.parts]) if held else "") if text)
-    rows = torch.zeros(len(names) + 2, total)
-    if held is not None:
-        rows[:, at.start : at.stop] = torch.stack([held.total, held.valid.float(), *held.parts.values()])
-    sum_over_ranks([rows])
-    return Scores(rows[0], dict(zip(names, rows[2:], strict=True)), rows[1] > 0)
-
-
-def gather_files(mine: Mapping[int, bytes]) -> dict[int, bytes]:
-    """The files of all processes on every one, by number; no two processes have the same."""
-    if world_size() == 1:
-        return dict(mine)
-    told = gather_text(json.dumps({number: len(content) for number, content in mine.items()}))
-    sizes = {int(number): size for text in told for number, size in json.loads(text).items()}
-    held = {number: torch.zeros(size, dtype=torch.uint8) for number, size in sorted(sizes.items())}
-    for number, content in mine.items():
-        held[number] = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
-    for whole in held.values():
-        sum_over_ranks([whole])
-    return {number: whole.numpy().tobytes() for number, whole in held.items()}
-
-
-def gather_rows(mine: Tensor | None, at: range, total: int) -> Tensor:
-    """The rows of all processes on every one, 8-bit; mine are those of `at` out of `total`."""
-    if world_size() == 1:
-        assert mine is not None
-        return mine
-    shape = next(
-        json.loads(text) for text in gather_text(json.dumps(mine.shape[1:]) if mine is not None else "") if text
-    )
-    rows = torch.zeros(total, *shape, dtype=torch.uint8)
-    if mine is not None:
-        rows[at.start : at.stop] = mine
-    for part in rows.split(64):
-        sum_over_ranks([part])
-    return rows

@@ -19,8 +19,9 @@ from flowalign.rollout import Policy
 from flowalign.schedules import Path
 from flowalign.transitions import TableSDE
 from rewards.base import Reward, join_scores
+from rewards.terms import PREFIX as TERM
 from trainers.batch import Sampling, detached
-from trainers.collection import Collection, Draw, Epoch
+from trainers.collection import Collection, Draw, Epoch, rows_of_step
 
 PREFIX = "completed_"  # of the part of scores that holds the reward of a step's completion
 
@@ -29,6 +30,8 @@ Steps = Callable[[Path], tuple[int, ...]]
 
 class CompletedCollection(Collection):
     """Scores have a part `completed_003` for each completed step: the reward of the ODE from its latents.
+
+    Where a reward tells its terms apart (`rewards.terms`), there are parts `completed_003/term/clip` of these too.
 
     A sample of which a completion has no valid score is not valid.
 
@@ -58,8 +61,8 @@ class CompletedCollection(Collection):
         self.completed, self.count, self.judge = completed, count, judge
         self.table: tuple[float, ...] = ()
 
-    def path(self, number: int) -> Path:
-        path = super().path(number)
+    def path(self, number: int, prompt: int = 0) -> Path:
+        path = super().path(number, prompt)
         if not self.table:
             return path
         rule, noisy = TableSDE(self.table), path.stochastic
@@ -67,22 +70,26 @@ class CompletedCollection(Collection):
 
     def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int) -> Scores:
         scores, numbers = super().score(epoch, index, draw, made, kept), self.completed(epoch.path)
-        ends = self._complete(draw, made, kept, len(numbers))
+        ends = self._complete(epoch.path, draw, made, kept, len(numbers))
         whose = [sample for end in ends for sample in range(0, kept, kept // len(end))]  # a shared start has fewer rows
         judged = self._judge(torch.cat(ends), draw.told.rows(whose), epoch.number, index)
         rows = [len(end) for end in ends]
-        values = [value.repeat_interleave(kept // len(value)) for value in judged.total.split(rows)]
+        own = {f"/{name}": value for name, value in judged.parts.items() if name.startswith(TERM)}
         valid = [known.repeat_interleave(kept // len(known)) for known in judged.valid.split(rows)]
-        parts = {f"{PREFIX}{number:03d}": value for number, value in zip(numbers, values, strict=True)}
+        parts = {
+            f"{PREFIX}{number:03d}{name}": value.repeat_interleave(kept // len(value))
+            for name, column in ({"": judged.total} | own).items()
+            for number, value in zip(numbers, column.split(rows), strict=True)
+        }
         return replace(scores, parts=scores.parts | parts, valid=scores.valid & torch.stack(valid).all(0))
 
-    def _complete(self, draw: Draw, made: Trajectory, kept: int, count: int) -> tuple[Tensor, ...]:
-        """What the first so many stochastic steps would end at, without padding."""
-        steps = [step.rows(torch.arange(kept // step.members)) for step in made.steps[:count]]
+    def _complete(self, path: Path, draw: Draw, made: Trajectory, kept: int, count: int) -> tuple[Tensor, ...]:
+        """What the first so many stochastic steps would end at along the path's points, without padding."""
+        steps = [rows_of_step(step, kept, len(made.latents)) for step in made.steps[:count]]
         velocities = [velocity[: len(step.latents)] for velocity, step in zip(made.velocities, steps, strict=False)]
         condition, sigmas = (
             draw.condition.rows(torch.arange(len(velocities[0]))),
-            self.model.sigmas(self.sampling.steps),
+            path.grid(self.model.sigmas(self.sampling.steps)),
         )
         with self.model.meter.phase("completion"):
             return complete(
@@ -101,14 +108,26 @@ class CompletedCollection(Collection):
 
     def scoring_rows(self, epoch: Epoch) -> Rows:
         path, rows = epoch.path, 0
+        grid = path.grid(self.sigmas)
         for step in self.completed(path):
-            starts = len(epoch.rows) * (1 if step == path.branch else epoch.members)
+            starts = len(epoch.rows) * path.width(step, epoch.members)
             visited = completion_points(step, len(path.transitions), self.count)[1:-1]  # the first velocity is there
-            rows += starts * sum(self.model.calls(self.policy.guidance_scale, self.sigmas[at]) for at in visited)
+            rows += starts * sum(self.model.calls(self.policy.guidance_scale, grid[at]) for at in visited)
         return Rows(rows)
 
+    def media(self, epoch: Epoch) -> int:
+        widths = [epoch.path.width(step, epoch.members) for step in self.completed(epoch.path)]
+        return super().media(epoch) + len(epoch.rows) * sum(widths)
 
-def completed_rewards_of(scores: Scores) -> Float[Tensor, "b t"]:
-    """The rewards of the completions in the order of their steps, and then those of the samples themselves."""
-    names = sorted(name for name in scores.parts if name.startswith(PREFIX))
-    return torch.stack([*(scores.parts[name] for name in names), scores.total], 1)
+
+def completed_rewards_of(scores: Scores, term: str | None = None) -> Float[Tensor, "b t"]:
+    """The rewards of the completions in the order of their steps, and then those of the samples themselves.
+
+    Args:
+        term: the part of one of the reward's terms (`rewards.terms`), where it is meant and not their sum.
+    """
+    after = "" if term is None else term
+    names = sorted(name for name in scores.parts if name.startswith(PREFIX) and name.partition("/")[2] == after)
+    return torch.stack(
+        [*(scores.parts[name] for name in names), scores.total if term is None else scores.parts[term]], 1
+    )

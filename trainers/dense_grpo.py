@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.advantages import group_advantages
+from flowalign.credit import TermCredit
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData
 from flowalign.records import Scores
@@ -28,6 +29,7 @@ from flowalign.rollout import LogProb
 from flowalign.schedules import AllSteps, FanOut, Path
 from flowalign.tracking import Run, TrackerName
 from flowalign.transitions import FlowSDE, Reduce, exact_kl, gaussian_log_prob, mean_of_elements
+from flowalign.windows import PromptPlan
 from rewards.base import Reward
 from trainers.batch import Sampling
 from trainers.completed import CompletedCollection, Steps, completed_rewards_of
@@ -36,6 +38,9 @@ from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.keeper import Checkpoints, Keeper
 from trainers.noise_calibration import Calibration, calibrate, noise_table
 from trainers.optim import Optimizer
+from trainers.regularisers import AdaptiveCoefficient, Refresh
+from trainers.resampling import EverySample, Selection
+from trainers.supervised import Supervised
 
 Values = Float[Tensor, "b k"]  # V of each completed step in order, then R(x_0)
 StepRewards = Callable[[Tensor], Tensor]
@@ -76,12 +81,12 @@ class DenseGRPO(FlowGRPO):
 
     Args:
         model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, clip_range,
-            kl_coef, kl, step_fraction, log_prob, reduce, unconditional_grad, folder, seed, on_invalid, log_with: as of
-            `trainers.FlowGRPO`.
+            kl_coef, kl, step_fraction, log_prob, reduce, unconditional_grad, folder, seed, on_invalid, log_with,
+            selection, refresh, supervised: as of `trainers.FlowGRPO`.
         completion_steps: n, ODE steps of a completion; None for all that are left, the paper's default.
         step_rewards: function of the values [b, t + 1] that gives each step its reward [b, t]: `gains`,
-            `values_after`, `gains_to_go` or `least_gain_to_go`.
-        advantages: function of those and of the group ids [b].
+            `values_after`, `gains_to_go`, `least_gain_to_go` or `flowalign.credit.GatedGains`.
+        advantages: function of those and of the group ids [b], or credit that reads those of each term of the reward.
         calibration: of the noise, before training; None keeps the plan's.
     """
 
@@ -99,11 +104,11 @@ class DenseGRPO(FlowGRPO):
         epochs: int = 100,
         updates_per_epoch: int = 2,
         clip_range: float = 1e-4,
-        kl_coef: float = 0.04,
+        kl_coef: float | AdaptiveCoefficient = 0.04,
         kl: KL = exact_kl,
         completion_steps: int | None = None,
         step_rewards: StepRewards = gains,
-        advantages: Advantages = step_advantages,
+        advantages: Advantages | TermCredit = step_advantages,
         calibration: Calibration | None = None,
         step_fraction: float = 1.0,
         log_prob: LogProb = gaussian_log_prob,
@@ -113,6 +118,9 @@ class DenseGRPO(FlowGRPO):
         seed: int = 0,
         on_invalid: Literal["stop", "drop"] = "stop",
         log_with: tuple[TrackerName, ...] = (),
+        selection: Selection = EverySample(),
+        refresh: Refresh = Refresh(),
+        supervised: Supervised | None = None,
     ) -> None:
         if completion_steps is not None and not 1 <= completion_steps <= sampling.steps:
             raise ValueError(
@@ -123,12 +131,12 @@ class DenseGRPO(FlowGRPO):
         super().__init__(
             model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
             clip_range, kl_coef, kl, advantages, step_fraction, log_prob, reduce, unconditional_grad, folder, seed,
-            on_invalid, log_with,
+            on_invalid, log_with, selection, refresh, supervised,
         )  # fmt: skip
 
     def credit(self, scores: Scores, group_ids: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:
         """A_t of each sample at each completed step."""
-        return self.advantages(self.step_rewards(completed_rewards_of(scores)), group_ids)
+        return self.credit_of(lambda term: self.step_rewards(completed_rewards_of(scores, term)), group_ids)
 
     def completed_steps(self, path: Path) -> tuple[int, ...]:
         """The trained steps, and the one that the last of them is held against."""
@@ -139,9 +147,11 @@ class DenseGRPO(FlowGRPO):
 
     def collector_of(self, reward: Reward, sampling: Sampling, seed: int, completed: Steps) -> CompletedCollection:
         """The same with other samples, or other steps completed."""
-        return CompletedCollection(
+        made = CompletedCollection(
             self.model, reward, self.prompts, sampling, self.policy, seed, completed, self.completion_steps, self.reward
         )
+        made.keep_latents = self.supervised is not None
+        return made
 
     def prepare(self, run: Run, keeper: Keeper) -> None:
         if self.calibration is not None:
@@ -157,8 +167,13 @@ class DenseGRPO(FlowGRPO):
 
     def _check(self) -> None:
         super()._check()
+        if isinstance(self.sampling.plan, PromptPlan) and any(one.path for one in self.collection.epoch(0).buckets):
+            raise ValueError(
+                "sampling.plan gives each prompt stochastic steps of its own, but a gain is held against those of the "
+                "same step in all groups: take RandomWindow or Window"
+            )
         path = self.collection.epoch(0).path
-        if path.branch is not None and len(path.stochastic) == 1:
+        if path.branches and len(path.stochastic) == 1:
             raise ValueError(
                 "the plan has one stochastic step whose start the group shares: a gain is then the reward less the "
                 "group's constant. Set shared_noise: false in the plan, or train with trainers.FlowGRPO"
@@ -172,4 +187,5 @@ class DenseGRPO(FlowGRPO):
             noise_table(path, self.sigmas)  # raises where there is no g to move
 
     def remarks(self) -> tuple[str, ...]:
-        return () if self.calibration is None or self.state.epoch else (self.calibration.remark(self.sampling),)
+        told, calibration = super().remarks(), self.calibration
+        return told if calibration is None or self.state.epoch else (*told, calibration.remark(self.sampling))

@@ -23,7 +23,7 @@ from flowalign.tracking import Run, json_lines, write_atomically
 from flowalign.videos import check_writable, mp4, stills
 from rewards.base import Reward
 from trainers.batch import Sampling, detached, score_rows, valid_rows
-from trainers.collection import gather_files, gather_rows, gather_scores
+from trainers.gathering import gather_files, gather_rows, gather_scores
 
 Asked = Callable[[int, int], bool]
 

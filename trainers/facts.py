@@ -11,7 +11,8 @@ from flowalign import checkpoint
 if TYPE_CHECKING:
     from trainers.base import Trainer
 
-FREE = ("folder", "epochs", "log_with", "checkpoints", "evaluation.pictures")  # may change unasked
+# What may change unasked: no number of a run depends on it
+FREE = ("folder", "epochs", "log_with", "checkpoints", "evaluation.pictures", "model.embeddings", "pairs.embeddings")
 # Never in one run: what is numbered by optimizer steps, drawn from the seed, or compared over the run
 FIXED = ("trainer", "seed", "updates_per_epoch", "evaluation.prompts", "held_out")
 

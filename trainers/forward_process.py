@@ -26,13 +26,14 @@ from flowalign.distributed import check_started, rank
 from flowalign.models import as_model
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData
+from flowalign.randomness import key_generator
 from flowalign.records import Condition, Scores
 from flowalign.rollout import Policy
 from flowalign.schedules import GradientPlan, Path
 from flowalign.tracking import TrackerName
 from rewards.base import Reward
 from trainers.base import Trainer, Worked
-from trainers.batch import Sampling, valid_rows
+from trainers.batch import Sampling, parts_of, valid_rows
 from trainers.collection import Epoch
 from trainers.evaluation import Evaluation
 from trainers.forward_source import NoReward, Pairs, PolicySamples, Source, StoredPairs
@@ -40,6 +41,7 @@ from trainers.forward_steps import ForwardSteps, Noised, Units
 from trainers.forward_times import Times
 from trainers.keeper import Checkpoints, Keeper
 from trainers.optim import Optimizer
+from trainers.regularisers import older_policy
 
 if TYPE_CHECKING:
     from trainers.preflight.family import Family
@@ -118,8 +120,8 @@ class ForwardProcessTrainer(Trainer):
         weights = known * self.source.weights(epoch).repeat_interleave(size)
         return Units(torch.arange(len(scores))[:, None], weights, credit)
 
-    def needs_older(self) -> bool:
-        """Whether the loss reads the older policy's velocity; its pass is left out otherwise."""
+    def reads_older(self, epoch: int, part: int) -> bool:
+        """Whether the loss reads the older policy's velocity in this optimizer step of an epoch; no pass otherwise."""
         return False
 
     def as_reference(self) -> AbstractContextManager[None]:
@@ -128,7 +130,7 @@ class ForwardProcessTrainer(Trainer):
 
     def as_older(self) -> AbstractContextManager[None]:
         """While entered, the network is the policy that `renewed` has given last, at first what the run starts from."""
-        return self.optimizer.holding(self.state.older) if self.state.older else self.model.reference()
+        return older_policy(self)
 
     def renewed(self) -> dict[str, Tensor] | None:
         """The older policy from the next epoch on, asked for when all of an epoch's steps are made; None: as before."""
@@ -137,6 +139,10 @@ class ForwardProcessTrainer(Trainer):
     def told(self, units: Units, scores: Scores) -> dict[str, float]:
         """What to log of an epoch's units, and of the scores that they were made of."""
         return {}
+
+    def idle(self, credit: Float[Tensor, " u"]) -> bool:
+        """Whether units with this credit teach nothing, so that no gradient is to be expected of them."""
+        return False
 
     def doubt(self, units: Units, scores: Scores) -> str | None:
         """Why an epoch's units may teach little, if they may: a check tells it, and a run when it is so at first."""
@@ -164,7 +170,8 @@ class ForwardProcessTrainer(Trainer):
         velocity = partial(self.model.velocity_rows, noised, sigmas, condition, self.guidance_scale)
         with torch.no_grad():  # first: the policy's weights may be changed and put back
             reference = _within(self.as_reference, velocity) if self.needs_reference() else None
-            older = _within(self.as_older, velocity) if self.needs_older() else None
+            lags = self.reads_older(self.state.epoch, self.state.part)
+            older = _within(self.as_older, velocity) if lags else None
         return Noised(velocity(), noise - clean, noised, sigma, credit, reference, older)
 
     def units_per_call(self, batch_size: int | None = None) -> int:
@@ -195,15 +202,21 @@ class ForwardProcessTrainer(Trainer):
         self.doubted = self.doubted or doubt is not None
 
     def needed(self, epoch: Epoch) -> Rows:
-        return self.source.needed(epoch) + self.update_rows(self.units_per_epoch())
+        parts = parts_of(self.units_per_epoch(), self.updates_per_epoch, self.seed, epoch.number)
+        made = [self.update_rows(len(rows), self.reads_older(epoch.number, part)) for part, rows in enumerate(parts)]
+        return sum(made, self.source.needed(epoch))
 
-    def update_rows(self, units: int) -> Rows:
-        """The network rows of noising so many units as often as `times` says."""
+    def update_rows(self, units: int, older: bool = False) -> Rows:
+        """The network rows of noising so many units as often as `times` says.
+
+        Args:
+            older: whether the older policy's velocity is read.
+        """
         rows = units * self.members * self.times.draws
         calls = self.model.calls(self.guidance_scale, self.sigmas[0])
-        return Rows(rows * (calls - 1 + calls * (self.needs_reference() + self.needs_older())), rows)
+        return Rows(rows * (calls - 1 + calls * (self.needs_reference() + older)), rows)
 
-    def mine(self, epoch: Epoch) -> range:
+    def mine(self, epoch: Epoch) -> Sequence[int]:
         """Of rollouts, if there are any."""
         return range(0) if self.stored else super().mine(epoch)
 
@@ -232,6 +245,8 @@ class ForwardProcessTrainer(Trainer):
 
     def _check(self) -> None:
         super()._check()
+        for sigmas in self.collection.grids.values():  # raises where a grid has too few points for `times`
+            self.times.draw(key_generator(self.seed, "look"), self.model.train_sigmas(), sigmas[:-1])
         whole = self.sampling.batch_size % self.sampling.group_size == 0
         if self.reward.card.scope == "group" and not whole:
             raise ValueError(

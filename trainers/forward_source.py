@@ -27,7 +27,8 @@ from flowalign.prompts import PromptData
 from flowalign.records import Media, Prompts, PromptSet, Scores, Size
 from rewards.base import Card, Reward
 from trainers.batch import summary_of
-from trainers.collection import Epoch, gather_scores
+from trainers.collection import Epoch, no_steps
+from trainers.gathering import gather_scores
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -108,7 +109,7 @@ class PolicySamples(Source):
         return torch.ones(self.trainer.sampling.groups)
 
     def needed(self, epoch: Epoch) -> Rows:
-        return self.trainer.collection.needed(epoch, (), False)
+        return self.trainer.collection.needed(epoch, no_steps, False)
 
     def summary(self, scores: Scores) -> dict[str, float]:
         return summary_of(scores, self.trainer.sampling.groups)
@@ -119,7 +120,8 @@ class Pairs:
     """Preferences to learn from, and how their media become latents, once; see `PairLatents`.
 
     preferences: a file or folder of them, or a set (`flowalign.preferences`). held_out: others, of which is told how
-    many the policy gets right. cache: a folder for the latents of both.
+    many the policy gets right. cache: a folder for the latents of both. embeddings: whether prompts' embeddings are
+    kept there too, where the model was given no folder for them.
     """
 
     preferences: PreferenceData
@@ -129,6 +131,7 @@ class Pairs:
     most_enlarged: float = 2.0
     on_bad: OnBad = "stop"
     batch_size: int = 8
+    embeddings: bool = True
 
     def latents(self, model: Model) -> PairLatents:
         """Those to learn from."""
@@ -139,6 +142,8 @@ class Pairs:
         return None if self.held_out is None else self._latents(model, self.held_out)
 
     def _latents(self, model: Model, preferences: PreferenceData) -> PairLatents:
+        if self.embeddings:
+            model.keep_embeddings(self.cache)
         return PairLatents(model, preferences, self.cache, self.fit, self.most_enlarged, self.on_bad, self.batch_size)
 
 

@@ -82,3 +82,35 @@ class GridTimes(Times):
         if self.draws > len(grid):
             raise ValueError(f"times.draws is {self.draws}, but a rollout has {len(grid)} points to choose from")
         return [grid[int(i)] for i in sorted(generator.choice(len(grid), self.draws, replace=False))]
+
+
+@dataclass(frozen=True)
+class StratifiedTimes(Times):
+    """A point of each of `draws` even strata of the rollouts' grid, as AWM (arXiv:2509.25050).
+
+    first: the first point of the grid that may be drawn. share: of the grid's steps, counted from the noise, that may.
+    The strata's borders are rounded down to points of the grid. first 1 and share .9 are the authors' for GenEval and
+    text, first 0 for PickScore.
+    """
+
+    draws: int = 1
+    first: int = 0
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.draws)
+        if self.first < 0 or not 0 < self.share <= 1:
+            raise ValueError(
+                f"times.first must be at least 0 and times.share lie in (0, 1], got {self.first} and {self.share}"
+            )
+
+    def draw(self, generator: np.random.Generator, table: Sequence[float], grid: Sequence[float]) -> list[float]:
+        stop = int(len(grid) * self.share)
+        if stop - self.first < self.draws:
+            raise ValueError(
+                f"times asks for {self.draws} strata of points {self.first} to {stop - 1} of a rollout's {len(grid)}: "
+                "lower times.draws, or take more steps"
+            )
+        width = (stop - self.first) / self.draws
+        borders = [self.first + int(width * i + 1e-9) for i in range(self.draws + 1)]
+        return [grid[int(generator.integers(a, b))] for a, b in zip(borders, borders[1:], strict=False)]

@@ -1,11 +1,12 @@
 """InstructVideo: reward tuning as editing, along a part of the chain from real media (arXiv:2312.12490, Yuan et al.).
 
     x_t0 = (1 - t0) x_0 + t0 e,   x_0 a real video of the prompt;   steps from t0 = .6 down, gradient in the last one
-    L    = -r(x_0', c),   r: segmental frames with weights that fall away from the middle (`rewards.OnFrames`)
+    L    = -r(x_0', c)  [+ beta KL],   r: segmental frames, weights falling away from the middle (`rewards.OnFrames`)
 
 The real video gives the structure, so that only the end of the chain is sampled: 12 of the authors' 20 steps. Their
 code's noise has a part that all frames share (.1); ours is plain. What OnFrames weighs has sum 1, where their weights
-exp(-lambda |i - N/2|) have a scale of the frames drawn; a `WeightedSum` gives the reward any scale.
+exp(-lambda |i - N/2|) have a scale of the frames drawn; a `WeightedSum` gives the reward any scale. Loss and KL, which
+the paper does without, are DRaFT's: real structure alone does not keep a policy from exploiting a weak reward.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
-from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.differentiate import Drawn, differentiable_rollout
@@ -22,20 +22,20 @@ from flowalign.media import real_media
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData
 from flowalign.records import Size
-from flowalign.rollout import Policy
 from flowalign.schedules import LastSteps, Path
 from flowalign.tracking import TrackerName
+from flowalign.transitions import velocity_mse_kl
 from rewards.base import Reward
 from trainers.batch import Sampling
 from trainers.collection import Draw, Epoch
+from trainers.draft import DRaFT
 from trainers.evaluation import Evaluation
+from trainers.flow_grpo import KL
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
-from trainers.path_steps import Scored
-from trainers.reward_gradient import RewardGradientTrainer
 
 
-class InstructVideo(RewardGradientTrainer):
+class InstructVideo(DRaFT):
     """InstructVideo with a LoRA policy, for videos or pictures.
 
     Args:
@@ -58,6 +58,8 @@ class InstructVideo(RewardGradientTrainer):
         epochs: int = 100,
         updates_per_epoch: int = 1,
         start: float = 0.6,
+        kl_coef: float = 0.0,
+        kl: KL = velocity_mse_kl,
         unconditional_grad: bool = True,
         recompute: bool = True,
         folder: str = "runs/instruct_video",
@@ -67,15 +69,11 @@ class InstructVideo(RewardGradientTrainer):
     ) -> None:
         if not 0 < start <= 1:
             raise ValueError(f"start must lie in (0, 1], got {start}")
-        self.start, self.recompute = start, recompute
+        self.start = start
         super().__init__(
-            model, reward, prompts, sampling, Policy(sampling.guidance_scale, unconditional_grad=unconditional_grad),
-            optimizer, evaluation, checkpoints, epochs, updates_per_epoch, folder, seed, on_invalid, log_with,
+            model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, kl_coef,
+            kl, 0, unconditional_grad, recompute, folder, seed, on_invalid, log_with,
         )  # fmt: skip
-
-    def loss(self, scored: Scored) -> Float[Tensor, " b"]:
-        """-r of each sample."""
-        return -scored.rewards
 
     def first_step(self) -> int:
         return first_below(self.sigmas, self.start)

@@ -195,7 +195,7 @@ class Keeper:
         trainer = self.trainer
         shared, own = checkpoint.load(path)
         names = self._check_config(shared.pop("facts"), allow_change)
-        epoch = trainer.collection.epoch(shared["epoch"])
+        epoch = trainer.epoch_of(shared["epoch"], shared.get("rounds", ()))
         state = State.from_trees(shared, own, trainer.mine(epoch), rank() == 0, trainer.model.device)
         if names and state.part:
             raise ValueError(
@@ -203,7 +203,7 @@ class Keeper:
                 f"the old {names[0]}: let that epoch end with the old settings first (--epochs {state.epoch + 1})"
             )
         if names:  # rollouts that were made with other settings
-            state.buffer, state.rows, state.seconds = {}, Rows(), {}
+            state.buffer, state.rounds, state.rows, state.seconds = {}, [], Rows(), {}
         trainer.state = state
         trainer.optimizer.restore(state)
         for name, normaliser in trainer.normalisers.items():

@@ -27,8 +27,8 @@ from flowalign.schedules import Path
 from flowalign.tracking import Run, write_atomically
 from flowalign.transitions import DanceSDE, FlowSDE, Memoryless, TableSDE
 from trainers.batch import Sampling, valid_rows
-from trainers.collection import gather_scores
 from trainers.completed import CompletedCollection, completed_rewards_of
+from trainers.gathering import gather_scores
 
 if TYPE_CHECKING:
     from trainers.dense_grpo import DenseGRPO

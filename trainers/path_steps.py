@@ -22,7 +22,8 @@ from flowalign.randomness import keyed_globals
 from flowalign.records import Condition, Maps, Prompts, Scores
 from rewards.base import join_scores
 from trainers.batch import detached, parts_of
-from trainers.collection import Epoch, gather_scores
+from trainers.collection import Epoch
+from trainers.gathering import gather_scores
 from trainers.steps import OptimizerSteps
 from trainers.watch import Watch, write_bad
 

@@ -2,9 +2,10 @@
 
     b = argmax_{k <= K} r(x^k, c),  x^k ~ policy of the round;   L = E_c ||v* - v(x_t^b, t)||^2,   v* = e - x_0
 
-A round is an epoch: its samples are drawn by the policy that it begins with, and the best of each prompt are taken
-`passes` times. Once a round has converged the policy's law is that of the best of K. The authors' notebook for Stable
-Diffusion keeps of all prompts' best ones those with the highest rewards (`top_share`), which prefers easy prompts.
+A round is an epoch, or `refresh` of them: its samples are drawn by the policy that it begins with, and the best of
+each prompt are taken `passes` times. Once it has converged the policy's law is that of the best of K. The authors'
+notebook for Stable Diffusion keeps of all prompts' best ones those with the highest rewards (`top_share`), which
+prefers easy prompts. What few steps or guidance do to samples adds up over rounds: then make few, or one.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class RAFT(RegressionTrainer):
     Args:
         model, reward, prompts, sampling, optimizer, evaluation, checkpoints, folder, seed, log_with: as of
             `trainers.FlowGRPO`; K is `sampling.group_size`, and `batch_size` is of calls with gradient.
-        epochs: rounds.
+        epochs: how often samples are drawn.
+        refresh: epochs of a round, whose samples are all drawn by the policy that it begins with; 0 for one round.
         updates_per_epoch: optimizer steps made of a round's chosen samples.
         passes: how often each of them is taken in these steps, with new noise and sigma each time.
         choice: which samples of a group are trained on: its best one (`best_of_each`), none of a group of equals
@@ -100,6 +102,7 @@ class RAFT(RegressionTrainer):
         passes: int = 8,
         choice: Choice = best_of_each,
         top_share: float = 1.0,
+        refresh: int = 1,
         times: Times = LogitNormalTimes(),
         guidance_scale: float = 1.0,
         folder: str = "runs/raft",
@@ -116,8 +119,8 @@ class RAFT(RegressionTrainer):
             )
         self.choice, self.top_share = choice, top_share
         super().__init__(
-            model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, passes, 1,
-            times, guidance_scale, folder, seed, on_invalid, log_with,
+            model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, passes,
+            refresh, times, guidance_scale, folder, seed, on_invalid, log_with,
         )  # fmt: skip
 
     def credit(self, scores: Scores, group_ids: GroupIds) -> PerSample:

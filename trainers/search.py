@@ -81,8 +81,10 @@ class Search(ABC):
         self.check_media()
         self.tries, self.budget, self.prices, self.batch_size = tries, budget, prices, batch_size
         path = Path((ODE(),) * steps) if plan is None else plan.resolve(steps, 0, seed)
-        if path.branch is not None:
+        if path.branches:
             raise ValueError("plan: a search has no groups that share a start; give it a plan that does not branch")
+        if path.cut is not None or path.passed:
+            raise ValueError("plan: a search makes all steps of its grid, and this plan leaves some out; lower steps")
         policy = Policy(guidance_scale, unconditional_grad=True)
         self.sampler = Sampler(self.model, self.reward, self.prompts, path, policy, recompute, seed)
         self.folder, self.save_seconds = FilePath(folder), save_seconds

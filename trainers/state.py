@@ -35,6 +35,8 @@ class State:
     normalisers: statistics of the reward's running normalisers, by name.
     noise: of a trainer that calibrates the noise of its steps, where that stands: see `trainers.noise_calibration`.
     older: an older policy that a trainer samples by or compares with; empty for what the run has started from.
+    kl_coef: of a trainer whose coefficient follows the KL, where it stands; None at first.
+    rounds: the groups that the present epoch has sampled again, a list for each further round.
     policy, average, moments, steps, scaler: the optimizer's, see `trainers.optim.PolicyOptimizer`.
     """
 
@@ -42,12 +44,14 @@ class State:
     part: int = 0
     skipped: int = 0
     best: float | None = None
+    kl_coef: float | None = None
     best_epoch: int = 0
     best_checkpoint: str = ""
     clock: float = 0.0
     steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     seen: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[list[int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +82,7 @@ class State:
         cls,
         shared: Mapping[str, Any],
         own: Sequence[Mapping[str, Any]],
-        mine: range,
+        mine: Sequence[int],
         first: bool,
         device: torch.device | str = "cpu",
     ) -> State:

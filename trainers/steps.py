@@ -57,11 +57,12 @@ class OptimizerSteps(ABC):
         return self._means()
 
     def _means(self) -> dict[str, float]:
-        """Over the epoch's optimizer steps that were made."""
+        """Over the epoch's optimizer steps that were made, but for those that had nothing to take a mean of."""
         seen = self.trainer.state.seen
         made = [row for row in seen if math.isfinite(row["grad_norm"])]
         names = [name for name, value in (made[0] if made else {}).items() if isinstance(value, float)]
-        means = {name: sum(row[name] for row in made) / len(made) for name in names}
+        held = {name: [row[name] for row in made if not math.isnan(row[name])] for name in names}
+        means = {name: sum(values) / len(values) if values else math.nan for name, values in held.items()}
         return means | {"skipped": float(len(seen) - len(made)), "lr": self.trainer.optimizer.learning_rate}
 
     def _count_skipped(self, norm: float, watch: Watch) -> None:

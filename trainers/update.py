@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,14 +11,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from flowalign.distributed import world_size
-from flowalign.records import Condition, Step, expand_rows
+from flowalign.records import Condition, Step, expand_rows, intervals
 from flowalign.rollout import Replay, replay
+from flowalign.schedules import Path
+from flowalign.step_weights import StepWeights
 from flowalign.transitions import Transition
 from trainers.batch import Batch, Part, parts_of
 from trainers.steps import OptimizerSteps
+from trainers.supervised import Imitation
 from trainers.watch import Watch, save_bad
 
 if TYPE_CHECKING:
+    from trainers.collection import Epoch
     from trainers.keeper import Keeper
     from trainers.policy_gradient import PolicyTrainer
 
@@ -32,7 +37,12 @@ class Update(OptimizerSteps):
 
     def __init__(self, trainer: PolicyTrainer, batch: Batch, keeper: Keeper | None) -> None:
         super().__init__(trainer, keeper)
+        branch = trainer.supervised
+        self.imitation = None if branch is None else Imitation(trainer, batch, branch)
+        self.counted = batch.weights.reshape(-1, batch.members).ne(0).any(1)  # rows with a sample that does
         self.batch, self.trained = batch, trainer.trained_steps(batch.path)
+        weigh = trainer.step_weights if self.counted.any() else None
+        self.step_weights = {} if weigh is None else self._step_weights(weigh)
 
     def run(self, order: Int[Tensor, " p"] | None = None) -> dict[str, float]:
         """All steps; returns the means of what was seen.
@@ -45,20 +55,20 @@ class Update(OptimizerSteps):
         return self._run(self._parts(steps) if order is None else [*order.tensor_split(steps)])
 
     def _parts(self, steps: int) -> list[Tensor]:
-        """The rows of each optimizer step."""
-        return parts_of(len(self.batch.texts), steps, self.trainer.seed, self.trainer.state.epoch)
+        """The rows of each optimizer step, of those with a sample that counts."""
+        taken = self.counted.nonzero().flatten()
+        return [taken[part] for part in parts_of(len(taken), steps, self.trainer.seed, self.trainer.state.epoch)]
 
     def _watch(self) -> Watch:
         return Watch(self.trainer.watched(), self.trainer.ratio_limit(), self.trainer.model.device)
 
-    def _save_bad(self, folder: Path, name: str, watch: Watch) -> None:
+    def _save_bad(self, folder: FilePath, name: str, watch: Watch) -> None:
         save_bad(folder, name, watch, self.batch)
 
     def _accumulate(self, rows: Int[Tensor, " p"], watch: Watch) -> dict[str, Any]:
-        trainer, batch = self.trainer, self.batch
-        total = batch.weights[expand_rows(rows, batch.members)].sum() * len(self.trained)
+        trainer, total = self.trainer, self._terms(rows)
         if total == 0:
-            return {}
+            return self._imitate()
         mine = self._micro_batches(rows)
         turns = self._turns(rows, len(mine))
         for turn in range(turns):
@@ -67,11 +77,34 @@ class Update(OptimizerSteps):
                 part, micro = mine[turn]
                 with trainer.model.sized(part.size):
                     self._micro_batch(part, micro, total, watch)
-        return {}
+        return self._imitate()
+
+    def _imitate(self) -> dict[str, float]:
+        return {} if self.imitation is None else self.imitation.add()
+
+    def _terms(self, rows: Int[Tensor, " p"]) -> Tensor:
+        """Weighted samples of rows, counted for each of their trained steps."""
+        batch, total = self.batch, torch.zeros(())
+        for bucket in batch.cut:
+            among = rows[(rows >= bucket.rows.start) & (rows < bucket.rows.stop)]
+            trained = self.trainer.trained_steps(batch.path_of(bucket))
+            total = total + batch.weights[expand_rows(among, batch.members)].sum() * len(trained)
+        return total
+
+    def _step_weights(self, weigh: StepWeights) -> dict[tuple[Path, int], float]:
+        """What each trained step weighs, over the rows that count. Of several sizes the largest one's grid is meant."""
+        batch, sigmas = self.batch, self.trainer.collection.sigmas
+        found: dict[tuple[Path, int], int] = {}
+        for bucket in batch.cut:
+            path, counted = batch.path_of(bucket), int(self.counted[bucket.rows.start : bucket.rows.stop].sum())
+            for step in self.trainer.trained_steps(path) if counted else ():
+                found[path, step] = found.get((path, step), 0) + counted
+        steps = [(path.transitions[step], intervals(path.grid(sigmas))[step]) for path, step in found]
+        return dict(zip(found, weigh(steps, [*found.values()]), strict=True))
 
     def _micro_batches(self, rows: Int[Tensor, " p"]) -> list[tuple[Part, Int[Tensor, " m"]]]:
-        """Those of the rows that this process holds, in calls of one size each."""
-        found = []
+        """Those of the rows that this process holds, in calls of one size each; none for rows that do not count."""
+        found, rows = [], rows[self.counted[rows]]
         for part in self.batch.parts:
             held = rows[torch.isin(rows, part.rows)]
             found += [(part, micro) for micro in held.split(self.trainer.sampling.batch_size) if len(micro)]
@@ -82,14 +115,17 @@ class Update(OptimizerSteps):
         collection, world = self.trainer.collection, world_size()
         if world == 1:
             return mine
-        epoch, size = collection.epoch(self.trainer.state.epoch), self.trainer.sampling.batch_size
-        shares = [collection.rows_of(epoch, collection.mine(epoch, process)) for process in range(world)]
-        most = 0
-        for at in shares:
-            alike = [bucket.among(at) for bucket in epoch.buckets]
+        epoch, size = self._epoch(), self.trainer.sampling.batch_size
+        most, rows = 0, rows[self.counted[rows]]
+        for process in range(world):
+            held = [collection.rows_of(epoch, part) for part in collection.shares(epoch, process)]
+            alike = [bucket.among(at) for at in held for bucket in epoch.buckets]
             counts = [int(((rows >= one.start) & (rows < one.stop)).sum()) for one in alike]
             most = max(most, sum(-(-count // size) for count in counts))
         return most
+
+    def _epoch(self) -> Epoch:
+        return self.trainer.epoch_of(self.trainer.state.epoch, self.trainer.state.rounds)
 
     def _micro_batch(self, part: Part, micro: Int[Tensor, " p"], total: Tensor, watch: Watch) -> None:
         trainer, batch = self.trainer, self.batch
@@ -101,21 +137,26 @@ class Update(OptimizerSteps):
             return  # none of these samples has a valid score
         condition = batch.condition(trainer.model, padded.tolist())
         places = padded - part.rows[0]  # a process's rows follow one another
+        trained = trainer.trained_steps(part.path)
         for at, step in enumerate(part.steps):
-            if step.interval.index not in self.trained:
+            if step.interval.index not in trained:
                 continue
             advantages = batch.advantages[samples]
             advantages = advantages if advantages.ndim == 1 else advantages[:, at]
-            if not trainer.needs_reference() and not (advantages * weights).any():
+            if not trainer.needs_reference() and not advantages[weights > 0].any():
                 continue  # nothing to learn from: no call
-            apart = batch.members // step.members  # rows of this call for each of the batch's
+            if self.step_weights:
+                advantages = advantages * self.step_weights[part.path, step.interval.index]
+            apart = len(step.latents) // len(part.rows)  # rows of this call for each of the batch's
             taken = step.rows(expand_rows(places, apart).to(step.latents.device)).to(trainer.model.device)
             told = condition.rows(torch.arange(len(padded)).repeat_interleave(apart)) if apart > 1 else condition
-            self._backward(taken, told, advantages, weights, total, watch, samples)
+            transition = part.path.transitions[step.interval.index]
+            self._backward(taken, transition, told, advantages, weights, total, watch, samples)
 
     def _backward(
         self,
         step: Step,
+        transition: Transition,
         condition: Condition,
         advantages: Tensor,
         weights: Tensor,
@@ -124,20 +165,37 @@ class Update(OptimizerSteps):
         samples: Tensor,
     ) -> None:
         """Add the gradient of one step of a micro-batch."""
-        trainer, transition = self.trainer, self.batch.path.transitions[step.interval.index]
-        reference = self._reference(step, transition, condition)
-        new = replay(trainer.model, step, transition, condition, trainer.policy)
-        device = new.log_probs.device
-        losses = trainer.loss(new, step.log_probs, advantages.to(device), reference, step.interval)
+        trainer = self.trainer
+        leaves = len(samples) // len(step.log_probs)  # of a step that samples share: it counts once for each of them
+        reference = self._reference(step, transition, condition, leaves)
+        new = replay(trainer.model, step, transition, condition, trainer.policy).repeated(leaves)
+        if trainer.needs_old_mean():
+            old_mean = self._old_mean(step, new.std, samples[::leaves])
+            new = replace(new, old_mean=old_mean.repeat_interleave(leaves, 0))
+        old, device = step.log_probs.repeat_interleave(leaves), new.log_probs.device
+        losses = trainer.loss(new, old, advantages.to(device), reference, step.interval)
         trainer.optimizer.backward((losses * weights.to(device)).sum() / total.to(device))
         trainer.model.meter.count("backward")
         with torch.no_grad():
-            numbers = trainer.watch(new, step.log_probs, reference, step.interval)
+            numbers = trainer.watch(new, old, reference, step.interval)
             watch.add(numbers, losses, weights, samples, step.interval.index)
 
+    def _old_mean(self, step: Step, std: float, samples: Tensor) -> Tensor:
+        """The step's end less its noise, which is drawn again: a mean need not be kept. Right to float32's rounding.
+
+        Args:
+            samples: the first that has come of each row of `step.latents_next`.
+        """
+        collection, epoch, members = self.trainer.collection, self._epoch(), self.batch.members
+        owners = [(epoch.rows[at // members], at % members) for at in samples.tolist()]
+        drawn = [(group, first + member) for (group, first), member in owners]
+        noise = collection.noise(epoch, drawn, "step", step.interval.index)
+        return step.latents_next - std * noise.to(step.latents_next.device)
+
     @torch.no_grad()
-    def _reference(self, step: Step, transition: Transition, condition: Condition) -> Replay | None:
+    def _reference(self, step: Step, transition: Transition, condition: Condition, leaves: int) -> Replay | None:
         if not self.trainer.needs_reference():
             return None
-        with self.trainer.model.reference():
-            return replay(self.trainer.model, step, transition, condition, self.trainer.policy)
+        with self.trainer.as_reference():
+            made = replay(self.trainer.model, step, transition, condition, self.trainer.policy)
+        return made.repeated(leaves)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowalign.checkpoint import write_tensors
 from flowalign.distributed import largest
+from flowalign.records import expand_rows
 from flowalign.tracking import json_lines, write_atomically
 from trainers.batch import Batch
 
@@ -121,7 +122,8 @@ def save_bad(folder: Path, name: str, watch: Watch, batch: Batch, most: int = 16
         inside = rows[torch.isin(rows, part.rows)]
         name_of = "" if len(batch.parts) == 1 else f"{part.size.height}x{part.size.width}/"
         for step in part.steps if len(inside) else ():
-            taken = step.rows((inside - part.rows[0]).to(step.latents.device))
+            apart = len(step.latents) // len(part.rows)  # rows of this call for each of the batch's
+            taken = step.rows(expand_rows(inside - part.rows[0], apart).to(step.latents.device))
             held[f"{name_of}{step.interval.index}/latents"] = taken.latents.cpu().contiguous()
             held[f"{name_of}{step.interval.index}/latents_next"] = taken.latents_next.cpu().contiguous()
     write_bad(folder, name, watch, told, held)

@@ -32,6 +32,7 @@ class Model(ABC):
     device: torch.device
     fps: float | None = None  # frames per second of a video model's media
     embeddings_limit: float = math.inf  # bytes of prompts' embeddings that are kept, on the host
+    embeddings_folder: Path | None = None  # where they are kept on a disk too
     steps_device: torch.device | None = None  # where an epoch's steps wait for their update; None for where they are
     takes_image: bool = False  # whether prompts name pictures that the model's media start from
     scale_loss: bool = False  # gradients pass through fp16, whose small numbers vanish unless scaled up
@@ -47,6 +48,16 @@ class Model(ABC):
 
         negatives: what each row's unconditional call is told; None for the model's own negative prompt.
         """
+
+    def keep_embeddings(self, folder: str) -> None:  # noqa: B027  # not every model encodes
+        """Keep prompts' embeddings in a folder too, for the next start, unless one was named already; here nothing.
+
+        Raises: OSError where the folder can be neither found nor made.
+        """
+
+    def encoding_anew(self) -> AbstractContextManager[None]:
+        """While entered, no embedding is read from a disk or written to it: to measure what a new one takes."""
+        return nullcontext()
 
     def condition(self, prompts: Prompts) -> Condition:
         """What the network is told of prompts, one row for each; with their pictures, if the model starts from them."""

@@ -64,6 +64,7 @@ class ControlNet(StableDiffusion):
         prompts_per_call: int = 8,
         embeddings_gb: float = 8.0,
         memory: Memory = Memory(),
+        embeddings: str | None = None,
     ) -> None:
         self.conditioning_scale = conditioning_scale
         if controlnet is not None:
@@ -72,6 +73,7 @@ class ControlNet(StableDiffusion):
         super().__init__(
             pipeline, lora, height, width, None, negative_prompt, None, mixed_precision, decode_precision,
             gradient_checkpointing, compile, device, prompts_per_call, embeddings_gb, memory,
+            embeddings,
         )  # fmt: skip
 
     def prepare(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,12 +13,17 @@ from torch import Tensor
 
 from flowalign.records import Condition
 
+if TYPE_CHECKING:
+    from flowalign.models.embedding_store import EmbeddingStore
+
 KINDS = 3  # of embeddings: prompt_embeds, pooled_prompt_embeds, prompt_mask
 Embedding = tuple[Tensor | None, ...]  # a prompt's row of each kind
 
 
 class Encoded:
     """Embeddings by text, those used last at the end.
+
+    store: asked for what is not at hand before it is encoded, and given what then is; None for none.
 
     Args:
         encode: makes the embeddings of a call's texts; one row each, of one shape whatever the texts are.
@@ -27,6 +34,7 @@ class Encoded:
     def __init__(self, encode: Callable[[list[str]], tuple[Tensor | None, ...]], per_call: int, limit: float) -> None:
         self.encode, self.per_call, self.limit = encode, per_call, limit
         self.rows: dict[str, Embedding] = {}
+        self.store: EmbeddingStore | None = None
 
     def take(self, texts: Iterable[str], again: bool) -> dict[str, Embedding]:
         """The embeddings of texts; those that were not used for longest go where all are more than the limit.
@@ -37,7 +45,7 @@ class Encoded:
         Raises: ValueError for a new text where none can be encoded any more.
         """
         wanted = dict.fromkeys(texts)
-        self._make([text for text in wanted if text not in self.rows], again)
+        self._make([text for text in wanted if text not in self.rows and not self._known(text)], again)
         self.rows |= {text: self.rows.pop(text) for text in wanted}
         taken = {text: self.rows[text] for text in wanted}
         size = sum(one.nbytes for one in next(iter(taken.values())) if one is not None)
@@ -45,6 +53,22 @@ class Encoded:
         for text in [*self.rows][: max(len(self.rows) - most, 0)] if again else []:
             del self.rows[text]
         return taken
+
+    def _known(self, text: str) -> bool:
+        """Take a text's embeddings from the store, if they are there."""
+        row = None if self.store is None else self.store.read(text)
+        if row is not None:
+            self.rows[text] = row
+        return row is not None
+
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """While entered, the store is left alone."""
+        store, self.store = self.store, None
+        try:
+            yield
+        finally:
+            self.store = store
 
     @torch.no_grad()
     def _make(self, missing: list[str], again: bool) -> None:
@@ -57,6 +81,8 @@ class Encoded:
             kinds = (*made, None, None)[:KINDS]
             for i, text in enumerate(texts):
                 self.rows[text] = tuple(None if kind is None else kind[i].cpu().clone() for kind in kinds)
+                if self.store is not None:
+                    self.store.write(text, self.rows[text])
 
 
 def stacked(rows: Sequence[Embedding], device: torch.device) -> list[Tensor | None]:

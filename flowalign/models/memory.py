@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -196,6 +196,18 @@ def _set_attention(network: Any, name: str) -> None:
             raise ValueError(f"{type(network).__name__} takes no attention backend but native and xformers")
     except (RuntimeError, ImportError) as error:
         raise ValueError(f"memory.attention {name} cannot be had: {' '.join(str(error).split())}") from error
+
+
+def device_of(pipeline: Any) -> torch.device:
+    """Where a pipeline was moved; if it was not, CUDA if there is one."""
+    if pipeline.device.type != "cpu" or not torch.cuda.is_available():
+        return torch.device(pipeline.device)
+    return torch.device("cuda")
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Calls in that precision; None for as the weights are."""
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from flowalign.adapters import LoRA, add_policy, as_now, as_reference, policy_parameters, recomputed, save_policy
 from flowalign.models.base import Latents, Sigma, Sigmas
+from flowalign.models.embedding_store import EmbeddingStore
 from flowalign.models.encoding import Embedding, Encoded, Told, embeddings_of, stacked
+from flowalign.models.fingerprints import config_of, text_facts
 from flowalign.models.loading import load_pipeline
-from flowalign.models.memory import Memory, encoders_on, finish, load_dtypes, place
+from flowalign.models.memory import Memory, autocast, device_of, encoders_on, finish, load_dtypes, place
 from flowalign.models.sized import SizedModel
 from flowalign.records import Condition
 from flowalign.schedules import linear
@@ -48,6 +50,8 @@ class PipelineModel(SizedModel):
         prompts_per_call: prompts in one call of the encoders; shorter batches are padded to it.
         embeddings_gb: prompts' embeddings kept on the host, in 10^9 bytes; those that were not used for longest go.
         memory: what is done to make a big model fit.
+        embeddings: a folder to keep them in, so that the next start encodes only what is new; see `EmbeddingStore`.
+            T5-XXL's of 256 tokens have 2 MB a prompt in bf16. None for no such folder.
 
     Of a folder or hub id the network and the text encoders are read in `mixed_precision`, the VAE in
     `decode_precision`; of a pipeline that is given, the network is cast and the rest stays as it is.
@@ -78,12 +82,13 @@ class PipelineModel(SizedModel):
         prompts_per_call: int = 8,
         embeddings_gb: float = 8.0,
         memory: Memory = Memory(),
+        embeddings: str | None = None,
     ) -> None:
         self._autocast, self._decode_autocast = DTYPES.get(mixed_precision), DTYPES.get(decode_precision)
         names = (self.network_name, *self.beside_names)
         dtypes = load_dtypes(names, self._autocast, self._decode_autocast)
         self.pipeline: Any = load_pipeline(pipeline, self.pipelines, dtypes)
-        self.device = torch.device(device) if device else _device_of(self.pipeline)
+        self.device = torch.device(device) if device else device_of(self.pipeline)
         memory.check(gradient_checkpointing, compile, self.device)
         self.memory, network = memory, self.module
         self.dtype: torch.dtype = self._autocast or network.dtype  # type: ignore[assignment]  # some parts stay float32
@@ -106,6 +111,8 @@ class PipelineModel(SizedModel):
         self.embeddings_limit = embeddings_gb * 1e9
         self.encoded = Encoded(self._encode, prompts_per_call, self.embeddings_limit)
         self.prepare()
+        if embeddings is not None:
+            self.keep_embeddings(embeddings)
         self.set_size(height, width)
 
     @property
@@ -157,6 +164,21 @@ class PipelineModel(SizedModel):
     def negative_of(self, text: str, row: Embedding) -> Embedding:
         """What the unconditional call is told, from the embeddings of a negative prompt."""
         return row
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """The adapter's own settings that `encode_texts` looks at."""
+        return {"max_sequence_length": self.max_sequence_length}
+
+    def keep_embeddings(self, folder: str) -> None:
+        if self.encoded.store is None:
+            told = self.encoding_settings() | {"prompts_per_call": self.encoded.per_call, "device": self.device.type}
+            told |= {"adapter": f"{type(self).__module__}.{type(self).__qualname__}", "precision": str(self.dtype)}
+            made_with = {"network": config_of(self.module), **told, **text_facts(self.pipeline)}
+            self.encoded.store = store = EmbeddingStore(Path(folder), made_with)
+            self.embeddings_folder = store.folder
+
+    def encoding_anew(self) -> AbstractContextManager[None]:
+        return self.encoded.anew()
 
     def _encode(self, texts: list[str]) -> tuple[Tensor | None, ...]:
         with encoders_on(self.pipeline, self.memory, self.device):
@@ -227,12 +249,12 @@ class PipelineModel(SizedModel):
 
     def _predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Tensor:
         latents, told = latents.to(self.device), told.to(self.device)
-        with _autocast(self.device, self._autocast):
+        with autocast(self.device, self._autocast):
             return self.predict(latents, sigma, told, guidance_scale).float()
 
     def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
         own = None if self._decode_autocast else self.pipeline.vae.dtype  # autocast wants float32, scaled as such
-        with _autocast(self.device, self._decode_autocast):
+        with autocast(self.device, self._decode_autocast):
             decoded = self.decode_latents(latents.to(self.device, own))
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
@@ -246,7 +268,7 @@ class PipelineModel(SizedModel):
     @torch.no_grad()
     def encode_media(self, pixels: Float[Tensor, "b *frames 3 h w"]) -> Latents:
         own = None if self._decode_autocast else self.pipeline.vae.dtype
-        with _autocast(self.device, self._decode_autocast):
+        with autocast(self.device, self._decode_autocast):
             return self.encode_latents(pixels.to(self.device, own) * 2 - 1).float()
 
     def encode_latents(self, pixels: Float[Tensor, "b *frames 3 h w"]) -> Latents:
@@ -273,13 +295,3 @@ def timesteps(latents: Tensor, value: Sigma) -> Float[Tensor, " b"]:
     if isinstance(value, Tensor):
         return value.flatten().to(latents.device, torch.float32)
     return torch.full((len(latents),), value, device=latents.device, dtype=torch.float32)
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
-def _device_of(pipeline: Any) -> torch.device:
-    if pipeline.device.type != "cpu" or not torch.cuda.is_available():
-        return torch.device(pipeline.device)
-    return torch.device("cuda")

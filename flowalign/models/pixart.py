@@ -67,6 +67,7 @@ class PixArt(AlphaModel):
         prompts_per_call: int = 8,
         embeddings_gb: float = 8.0,
         memory: Memory = Memory(),
+        embeddings: str | None = None,
     ) -> None:
         missing = [name for module, name in CLEANERS.items() if importlib.util.find_spec(module) is None]
         if clean_caption and missing:
@@ -76,7 +77,7 @@ class PixArt(AlphaModel):
         super().__init__(
             pipeline, lora, height, width, max_sequence_length, negative_prompt, grid, mixed_precision,
             decode_precision, gradient_checkpointing, compile, device, prompts_per_call, embeddings_gb,
-            memory,
+            memory, embeddings,
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -112,6 +113,9 @@ class PixArt(AlphaModel):
     def scheduler_note(self) -> str | None:
         one = self.timesteps is not None and len(self.timesteps) == 1  # what is decoded is x_0 for every scheduler
         return None if one else super().scheduler_note()
+
+    def encoding_settings(self) -> dict[str, Any]:
+        return super().encoding_settings() | {"clean_caption": self.clean_caption}
 
     def encode_texts(self, texts: list[str]) -> tuple[Tensor | None, ...]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(

@@ -72,12 +72,13 @@ class Wan(PipelineModel):
         prompts_per_call: int = 8,
         embeddings_gb: float = 8.0,
         memory: Memory = Memory(),
+        embeddings: str | None = None,
     ) -> None:
         self.frames, self.fps, self.decode_checkpointing = frames, fps, decode_checkpointing
         super().__init__(
             pipeline, lora, height, width, max_sequence_length, negative_prompt, grid, mixed_precision,
             decode_precision, gradient_checkpointing, compile, device, prompts_per_call, embeddings_gb,
-            memory,
+            memory, embeddings,
         )  # fmt: skip
 
     def prepare(self) -> None:

@@ -63,6 +63,7 @@ class ZImage(PatchModel):
         prompts_per_call: int = 8,
         embeddings_gb: float = 8.0,
         memory: Memory = Memory(),
+        embeddings: str | None = None,
     ) -> None:
         if cfg_normalization < 0:
             raise ValueError(f"cfg_normalization must be at least 0, which is no bound, got {cfg_normalization}")
@@ -70,7 +71,7 @@ class ZImage(PatchModel):
         super().__init__(
             pipeline, lora, height, width, max_sequence_length, negative_prompt, grid, mixed_precision,
             decode_precision, gradient_checkpointing, compile, device, prompts_per_call, embeddings_gb,
-            memory,
+            memory, embeddings,
         )  # fmt: skip
 
     def default_size(self) -> int:

@@ -37,7 +37,7 @@ from flowalign.tracking import Run, json_lines, write_atomically
 from flowalign.videos import check_writable, mp4
 
 PAIRS, PROMPTS, SHEET = "pairs.jsonl", "prompts.jsonl", "sheet.png"
-FREE = ("batch_size",)  # may be another when the making goes on
+FREE = ("batch_size", "embeddings")  # may be another when the making goes on
 OF_PROMPT = ("negative_prompt", "seed", *SIZES)  # stand beside the pair, what else is told of a prompt below
 
 

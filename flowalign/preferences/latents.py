@@ -20,6 +20,7 @@ from flowalign.config import dotted_name
 from flowalign.distributed import on_main, rank, share, together, world_size
 from flowalign.fitting import Fit, centre_crop, fitted
 from flowalign.models.base import Model
+from flowalign.models.fingerprints import add_weights
 from flowalign.models.pipeline import PipelineModel
 from flowalign.preferences.opening import open_pair
 from flowalign.preferences.records import Medium, Preference
@@ -272,9 +273,7 @@ def encoder_fingerprint(model: Model) -> str:
         vae = model.pipeline.vae
         told = {name: value for name, value in vae.config.items() if not name.startswith("_")}
         digest.update(f"{sorted(told.items())} {vae.dtype} {model._decode_autocast}".encode())
-        for name, value in sorted(vae.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {[*value.shape]}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        add_weights(digest, vae)
     return digest.hexdigest()
 
 

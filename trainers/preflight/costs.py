@@ -86,7 +86,8 @@ class Space:
 
     peak: the trial's. moments: of the optimizer. rollouts: an epoch's, as this process keeps them. embeddings: of all
     prompts the run will have encoded. pictures: of an evaluation, on the host. checkpoint: the largest one.
-    memory, disk: all in all; limit, free: what there is.
+    memory, disk: all in all; limit, free: what there is. stored: embeddings in a folder of the model's own, which has
+    room for stored_free more.
     """
 
     peak: int
@@ -101,6 +102,8 @@ class Space:
     evaluations: int
     disk: int
     free: int
+    stored: int = 0
+    stored_free: int = 0
 
 
 def evaluations(trainer: Trainer) -> int:
@@ -176,7 +179,8 @@ def space(trainer: Trainer, cut: Geometry, trial: Trial) -> Space:
     """Upper bounds, but for the peak, which was measured, and the pictures' files, whose first ones were."""
     held = trainer.preflight().kept_bytes(cut)
     kept_already = sum(step.latents.nbytes + step.latents_next.nbytes for step in trial.rollouts.batch.steps)
-    embeddings = int(min(_prompts_encoded(trainer) * trial.encoding.size, trainer.model.embeddings_limit))
+    whole, folder = _prompts_encoded(trainer) * trial.encoding.size, trainer.model.embeddings_folder
+    embeddings = int(min(whole, trainer.model.embeddings_limit))
     prompts = trainer.evaluator.prompts
     count = len(prompts) if prompts is not None else 0
     pictures = count * trial.rollouts.pixels[0].numel()  # in 8 bits
@@ -189,6 +193,7 @@ def space(trainer: Trainer, cut: Geometry, trial: Trial) -> Space:
     return Space(
         trial.peak, moments(trainer), held, embeddings, pictures, memory, memory_limit(trainer.model.device),
         largest, kept, files, kept + files, free,
+        0 if folder is None else whole, 0 if folder is None else shutil.disk_usage(folder).free,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def of_trial(trainer: Trainer, trial: Trial) -> list[Problem]:
 
 def of_costs(trainer: Trainer, needs: Space, times: Times) -> list[Problem]:
     """All that time and space tell."""
-    found = [_memory(needs), _disk(trainer, needs), _unsaved(trainer, times)]
+    found = [_memory(needs), _disk(trainer, needs), _stored(trainer, needs), _unsaved(trainer, times)]
     return [problem for problem in found if problem is not None]
 
 
@@ -121,6 +121,16 @@ def _disk(trainer: Trainer, needs: Space) -> Found:
         f"the run folder {trainer.folder} will take up to {size(needs.disk)} and {size(needs.free)} are free: "
         f"{trainer.checkpoints.keep + 2} checkpoints of up to {size(needs.checkpoint)}, and the evaluations' pictures. "
         "Make room, or lower checkpoints.keep"
+    )
+
+
+def _stored(trainer: Trainer, needs: Space) -> Found:
+    if needs.stored <= needs.stored_free:
+        return None
+    return warning(
+        f"the prompts' embeddings take {size(needs.stored)} in {trainer.model.embeddings_folder} where they are not "
+        f"there yet, and {size(needs.stored_free)} are free. Make room, or keep none (model.embeddings, "
+        "pairs.embeddings)"
     )
 
 

@@ -16,18 +16,17 @@ from flowalign.accounting import Rows
 from flowalign.media import shown
 from flowalign.pictures import to_bytes
 from flowalign.randomness import key_generator
-from flowalign.records import Scores, intervals
-from flowalign.transitions import ODE
+from flowalign.records import Scores
 from flowalign.videos import stills
 from rewards.base import join_scores
 from trainers.batch import Batch, parts_of
-from trainers.collection import Epoch
+from trainers.collection import Epoch, no_steps
 from trainers.forward_source import StoredPairs
 from trainers.forward_steps import ForwardSteps, Units
 from trainers.preflight.costs import Phases, Trial
 from trainers.preflight.family import Family, Lines
 from trainers.preflight.findings import spread
-from trainers.preflight.geometry import Geometry, PlannedStep, padded
+from trainers.preflight.geometry import Geometry, PlannedStep, looked_at, padded, steps_of_paths
 from trainers.preflight.policy import share_of
 from trainers.preflight.problems import Found, error, warning
 from trainers.preflight.trial import Learning, Rollouts, caption, gradient_norm, sample_first, timed
@@ -59,16 +58,22 @@ class ForwardProcessFamily(Family):
 
     def geometry(self, processes: int, batch_size: int) -> Geometry:
         trainer, sampling, epoch = self.trainer, self.trainer.sampling, self.trainer.collection.epoch(0)
-        units = self.units_as_such()
-        steps = ForwardSteps(trainer, epoch, units, None)
-        parts = parts_of(len(units), trainer.updates_per_epoch, trainer.seed, 0)
         homes = trainer.source.shares(epoch, processes, batch_size)
-        updates = tuple(sum(len(steps.micro_batches(rows, held, batch_size)) for rows in parts) for held in homes)
+        calls = self._update_calls(epoch, processes, batch_size)
+        updates = tuple(map(sum, zip(*calls, strict=True)))
         rolled = tuple(sum(start in held for start in self._starts(epoch, batch_size)) for held in homes)
         return Geometry(
-            sampling.groups, sampling.group_size, epoch.members, len(epoch.rows), batch_size, len(parts),
-            updates if trainer.stored else rolled, updates, units.samples.numel(), not trainer.stored,
+            sampling.groups, sampling.group_size, epoch.members, len(epoch.rows), batch_size, len(calls),
+            updates if trainer.stored else rolled, updates, self.units_as_such().samples.numel(), not trainer.stored,
         )  # fmt: skip
+
+    def _update_calls(self, epoch: Epoch, processes: int, batch_size: int) -> list[list[int]]:
+        """Micro-batches of each optimizer step, of each process."""
+        trainer, units = self.trainer, self.units_as_such()
+        steps = ForwardSteps(trainer, epoch, units, None)
+        parts = parts_of(len(units), trainer.updates_per_epoch, trainer.seed, epoch.number)
+        homes = trainer.source.shares(epoch, processes, batch_size)
+        return [[len(steps.micro_batches(rows, held, batch_size)) for held in homes] for rows in parts]
 
     def _starts(self, epoch: Epoch, batch_size: int) -> list[int]:
         return [row * epoch.members for row in epoch.cuts(batch_size)[:-1]]
@@ -81,19 +86,18 @@ class ForwardProcessFamily(Family):
         return Units(first[:, None] + torch.arange(trainer.members), torch.ones(count), torch.zeros(count))
 
     def planned_steps(self, epochs: tuple[Epoch, ...]) -> tuple[PlannedStep, ...]:
-        found = []
-        for interval in () if self.trainer.stored else intervals(self.trainer.sigmas):
-            kinds = [epoch.path.transitions[interval.index] for epoch in epochs]
-            noisy = [kind for kind in kinds if not isinstance(kind, ODE)]
-            std = noisy[0](torch.zeros(1, 1), torch.ones(1, 1), interval)[1] if noisy else 0.0
-            found.append(PlannedStep(interval, std, 0.0, len(noisy) / len(epochs), 0.0))
-        return tuple(found)
+        """Of rollouts; the loss reads no step's density."""
+        made = () if self.trainer.stored else steps_of_paths(epochs, self.trainer.sigmas, no_steps)
+        return tuple(replace(step, leverage=0.0) for step in made)
 
     def spent_rows(self, epoch: Epoch, cut: Geometry) -> Rows:
         """See `Family`; fewer where pairs are ties, for which no call is made."""
         trainer = self.trainer
-        rolled = trainer.source.needed(padded(epoch, sum(cut.shares) * cut.batch_size))
-        return rolled + trainer.update_rows(sum(cut.update_shares) * trainer.units_per_call(cut.batch_size))
+        total = trainer.source.needed(padded(epoch, sum(cut.shares) * cut.batch_size))
+        each = trainer.units_per_call(cut.batch_size)
+        for part, calls in enumerate(self._update_calls(epoch, len(cut.update_shares), cut.batch_size)):
+            total += trainer.update_rows(sum(calls) * each, trainer.reads_older(epoch.number, part))
+        return total
 
     def of_settings(self, cut: Geometry, steps: tuple[PlannedStep, ...]) -> list[Found]:
         return [warning(remark) for remark in self.trainer.remarks()]
@@ -177,7 +181,7 @@ class ForwardProcessFamily(Family):
         assert isinstance(rollouts, Tried)
         trainer, units, optimizer = self.trainer, rollouts.units, self.trainer.optimizer
         epoch, counted = trainer.collection.epoch(0), (units.weights > 0).nonzero().flatten()
-        flat = not len(counted)
+        flat = not len(counted) or trainer.idle(units.credit[counted])
         if flat:
             units = replace(self.units_as_such(), credit=torch.ones(len(units)))
             counted = torch.zeros(1, dtype=torch.int64)
@@ -199,7 +203,7 @@ class ForwardProcessFamily(Family):
 
     def phases(self, cut: Geometry, trial: Trial) -> Phases:
         trainer, made = self.trainer, trial.rollouts
-        update = max(cut.update_shares) * trial.learning.seconds_per_step
+        update = max(cut.update_shares) * trial.learning.seconds_per_step * self._dearer()
         if trainer.stored:
             return Phases(0.0, 0.0, 0.0, update)
         turns = max(cut.shares)
@@ -208,6 +212,13 @@ class ForwardProcessFamily(Family):
         return Phases(
             rows * made.seconds_per_row, samples * made.seconds_per_decode, samples * made.seconds_per_score, update
         )
+
+    def _dearer(self) -> float:
+        """What an optimizer step costs on average over what the first one does, which needs no older policy."""
+        trainer = self.trainer
+        steps = [(epoch.number, part) for epoch in looked_at(trainer) for part in range(trainer.updates_per_epoch)]
+        costs = [trainer.update_rows(1, trainer.reads_older(*step)).cost for step in steps]
+        return fmean(costs) / costs[0]
 
     def kept_bytes(self, cut: Geometry) -> int:
         """The latents of a process's samples, float32."""
@@ -218,7 +229,8 @@ class ForwardProcessFamily(Family):
     def learning_bytes(self, choice: Switches, passing: Passing) -> int:
         """Of one call with gradient, and the latents, noise and velocities beside it."""
         call = passing.activations(choice.batch_size, choice.gradient_checkpointing, choice.precision)
-        beside = 6 + self.trainer.needs_reference() + self.trainer.needs_older()
+        last = self.trainer.epochs - 1, self.trainer.updates_per_epoch - 1
+        beside = 6 + self.trainer.needs_reference() + self.trainer.reads_older(*last)
         return call.peak + beside * choice.batch_size * self.trainer.collection.largest * 4
 
     def plan_lines(self, steps: tuple[PlannedStep, ...]) -> Lines:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flowalign.accounting import Rows
-from flowalign.records import Interval
+from flowalign.records import Interval, intervals
+from flowalign.schedules import Path
+from flowalign.step_weights import spread_of
+from flowalign.transitions import ODE
 from trainers.collection import Epoch
 
 if TYPE_CHECKING:
@@ -86,7 +90,11 @@ def spent_rows(trainer: Trainer, epoch: Epoch, cut: Geometry) -> Rows:
 
 def padded(epoch: Epoch, rows: int) -> Epoch:
     """An epoch of so many rows."""
-    return replace(epoch, rows=epoch.rows[:1] * rows)
+    total = len(epoch.rows)
+    buckets = [
+        replace(one, rows=range(one.rows.start * rows // total, one.rows.stop * rows // total)) for one in epoch.buckets
+    ]
+    return replace(epoch, rows=epoch.rows[:1] * rows, buckets=tuple(buckets))
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,23 @@ class PlannedStep:
     leverage: float
     stochastic: float
     trained: float
+
+
+def steps_of_paths(
+    epochs: Sequence[Epoch], sigmas: list[float], trained: Callable[[Path], Sequence[int]]
+) -> tuple[PlannedStep, ...]:
+    """All steps that the paths of these epochs make, of which some may be shorter than others."""
+    paths = [(path, rows, intervals(path.grid(sigmas))) for epoch in epochs for path, rows in epoch.paths]
+    found, total = list[PlannedStep](), sum(rows for _, rows, _ in paths)
+    for at in range(max(len(grid) for _, _, grid in paths)):
+        made = [one for one in paths if at < len(one[2])]
+        noisy = [one for one in made if not isinstance(one[0].transitions[at], ODE)]
+        path, _, grid = (noisy or made)[0]
+        std, leverage = spread_of(path.transitions[at], grid[at]) if noisy else (0.0, 0.0)
+        stochastic = sum(rows for _, rows, _ in noisy)
+        learnt = sum(rows for path, rows, _ in made if at in trained(path))
+        found.append(PlannedStep(grid[at], std, leverage, stochastic / total, learnt / total))
+    return tuple(found)
 
 
 def planned_steps(trainer: Trainer, epochs: tuple[Epoch, ...]) -> tuple[PlannedStep, ...]:

@@ -12,19 +12,18 @@ import torch
 
 from flowalign.accounting import Rows
 from flowalign.distributed import share
-from flowalign.records import Interval, intervals
 from flowalign.report.formats import percent
-from flowalign.transitions import ODE, Transition
 from rewards.base import join_scores
-from trainers.batch import Batch, Bucket, valid_rows
-from trainers.collection import Epoch, join_steps_of
+from trainers.batch import Batch, Bucket
+from trainers.collection import Epoch, join_steps_of, no_steps, rows_of_step
 from trainers.preflight import policy_findings as findings
 from trainers.preflight.costs import Phases, Trial
 from trainers.preflight.family import Family, Lines
 from trainers.preflight.findings import spread
-from trainers.preflight.geometry import Geometry, PlannedStep, looked_at, padded
-from trainers.preflight.problems import Found
+from trainers.preflight.geometry import Geometry, PlannedStep, looked_at, padded, steps_of_paths
+from trainers.preflight.problems import Found, warning
 from trainers.preflight.trial import Learning, Rollouts, caption, gradient_norm, sample_first, timed
+from trainers.resampling import learnt_of
 from trainers.state import Collected
 from trainers.update import Update
 from trainers.watch import Watch
@@ -46,34 +45,37 @@ class PolicyFamily(Family):
         parts = [share(len(cuts) - 1, process, processes) for process in range(processes)]
         shares = [range(cuts[part.start], cuts[part.stop]) for part in parts]
         held = [[len(bucket.among(rows_held)) for bucket in epoch.buckets] for rows_held in shares]
-        each = trainer.updates_per_epoch
+        each, taken = trainer.updates_per_epoch, self._taken(epoch)
+        held = [[count * taken // len(epoch.rows) for count in counts] for counts in held]
         updates = tuple(sum(_update_calls(count, each, batch_size) for count in counts) for counts in held)
         return Geometry(
             sampling.groups, sampling.group_size, epoch.members, len(epoch.rows), batch_size, each,
-            tuple(len(part) for part in parts), updates,
+            tuple(len(part) for part in parts), updates, 0 if taken == len(epoch.rows) else taken,
         )  # fmt: skip
 
+    def _taken(self, epoch: Epoch) -> int:
+        """Rows that the update takes, where no group is left out."""
+        return sum(rows for _, rows in learnt_of(epoch, self.trainer.selection, self.trainer.sampling).paths)
+
     def planned_steps(self, epochs: tuple[Epoch, ...]) -> tuple[PlannedStep, ...]:
-        found = []
-        for interval in intervals(self.trainer.sigmas):
-            at = interval.index
-            kinds = [epoch.path.transitions[at] for epoch in epochs]
-            noisy = [kind for kind in kinds if not isinstance(kind, ODE)]
-            std, leverage = _spread(noisy[0], interval) if noisy else (0.0, 0.0)
-            trained = sum(at in self.trainer.trained_steps(epoch.path) for epoch in epochs)
-            found.append(PlannedStep(interval, std, leverage, len(noisy) / len(epochs), trained / len(epochs)))
-        return tuple(found)
+        return steps_of_paths(epochs, self.trainer.sigmas, self.trainer.trained_steps)
 
     def spent_rows(self, epoch: Epoch, cut: Geometry) -> Rows:
         """See `Family`. The update takes fewer where all samples of a micro-batch have advantage 0: it is left out."""
         trainer = self.trainer
-        trained, reference = trainer.trained_steps(epoch.path), trainer.needs_reference()
+        trained, reference = trainer.trained_steps, trainer.needs_reference()
         rolled = padded(epoch, sum(cut.shares) * cut.batch_size)
         updated = padded(epoch, sum(cut.update_shares) * cut.batch_size)
         needed = trainer.collection.needed
-        both, rollouts = needed(updated, trained, reference), needed(updated, (), False)
-        update = Rows(both.forward - rollouts.forward, both.gradient)
-        return needed(rolled, (), False) + update + trainer.collection.scoring_rows(epoch)
+        both, rollouts = needed(updated, trained, reference), needed(updated, no_steps, False)
+        update = Rows(both.forward - rollouts.forward, both.gradient - rollouts.gradient)
+        update += self._imitated(cut)
+        return needed(rolled, no_steps, False) + update + trainer.collection.scoring_rows(epoch)
+
+    def _imitated(self, cut: Geometry) -> Rows:
+        """Of the supervised branch, with the padding of one process."""
+        each = -(-cut.groups // cut.updates)
+        return self.trainer.supervised_rows(cut.updates * -(-each // cut.batch_size) * cut.batch_size)
 
     def of_settings(self, cut: Geometry, steps: tuple[PlannedStep, ...]) -> list[Found]:
         return [
@@ -81,6 +83,7 @@ class PolicyFamily(Family):
             findings.last_step(steps),
             findings.clipping(self.trainer),
             findings.small_groups(self.trainer),
+            *(warning(remark) for remark in self.trainer.remarks()),
         ]
 
     def of_trial(self, trial: Trial) -> list[Found]:
@@ -117,16 +120,14 @@ class PolicyFamily(Family):
         kept, rows = groups * size, groups * size // epoch.members
         scores = scores.rows(range(kept))
         group_ids, known = torch.arange(groups).repeat_interleave(size), scores.valid
-        advantages = torch.zeros(kept)
-        if known.any():
-            credited = trainer.credit(valid_rows(scores), group_ids[known])
-            advantages = credited.new_zeros(kept, *credited.shape[1:])
-            advantages[known] = credited
-        steps = tuple(step.rows(torch.arange(kept // step.members)) for step in join_steps_of(parts))
-        told = collection.told_rows(epoch, range(rows))
+        advantages = trainer.credited(scores, group_ids, epoch.path) if known.any() else torch.zeros(kept)
+        sampled = sum(len(part.scores) for part in parts) // epoch.members
+        steps = tuple(rows_of_step(step, rows, sampled) for step in join_steps_of(parts))
+        told, ends = collection.told_rows(epoch, range(rows)), [one.latents for one in parts if one.latents is not None]
         return Batch(
             epoch.path, torch.arange(rows), told.text, steps, scores, group_ids, advantages, known.float(),
             told.negatives(), (Bucket(epoch.buckets[0].size, range(rows)),), trainer.model.images(told),
+            (torch.cat(ends)[:kept],) if ends else (),
         )  # fmt: skip
 
     def learn(self, rollouts: Rollouts) -> Learning:
@@ -158,7 +159,7 @@ class PolicyFamily(Family):
         size, turns, update_turns = trainer.sampling.batch_size, max(cut.shares), max(cut.update_shares)
         rolled = [padded(epoch, turns * size) for epoch in epochs]
         needed, scoring = trainer.collection.needed, trainer.collection.scoring_rows
-        rows = fmean(needed(epoch, (), False).forward + scoring(epoch).forward for epoch in rolled)  # padding included
+        rows = fmean((needed(epoch, no_steps, False) + scoring(epoch)).cost for epoch in rolled)  # padding included
         trained = fmean(len(trainer.trained_steps(epoch.path)) for epoch in epochs)
         samples = min(turns * size, cut.rows) * cut.members
         return Phases(
@@ -169,18 +170,25 @@ class PolicyFamily(Family):
         )
 
     def kept_bytes(self, cut: Geometry) -> int:
-        """Latents before and after every stochastic step and their log-probs, float32."""
+        """Latents before and after every stochastic step and their log-probs, float32; those at the end if kept too."""
         rows, numbers = min(max(cut.shares) * cut.batch_size, cut.rows), self.trainer.collection.largest
-        samples, found = rows * cut.members, [0]
+        found = [0]
         for epoch in looked_at(self.trainer):
-            branch = epoch.path.branch
-            before = [rows if branch is None or step <= branch else samples for step in epoch.path.stochastic]
-            found.append(sum(((one + samples) * numbers + samples) * 4 for one in before))
+            for path, _ in epoch.paths:
+                widths = [path.width(at, cut.members) for step in path.stochastic for at in (step, step + 1)]
+                before, after = sum(widths[::2]), sum(widths[1::2])
+                ends = cut.members * numbers if self.trainer.supervised is not None else 0
+                found.append(rows * ((before + after) * numbers + after + ends) * 4)
         return max(found)
 
     def learning_bytes(self, choice: Switches, passing: Passing) -> int:
-        held = passing.activations(choice.batch_size, choice.gradient_checkpointing, choice.precision)
-        return held.peak
+        """Of the step with most rows: samples that share their start are each a row of their own later on."""
+        members, rows = self.trainer.collection.epoch(0).members, [1]
+        for epoch in looked_at(self.trainer):
+            for path, _ in epoch.paths:
+                rows += [path.width(step, members) for step in self.trainer.trained_steps(path)]
+        size = choice.batch_size * max(rows)
+        return passing.activations(size, choice.gradient_checkpointing, choice.precision).peak
 
     def plan_lines(self, steps: tuple[PlannedStep, ...]) -> Lines:
         shown: Lines = [("", "sigma                stochastic  std       leverage  trained")] if steps else []
@@ -223,8 +231,3 @@ def _update_calls(rows: int, updates: int, size: int) -> int:
     """Micro-batches of so many rows in so many optimizer steps, each of which has as many rows or one more."""
     each, more = divmod(rows, updates)
     return more * -(-(each + 1) // size) + (updates - more) * -(-each // size)
-
-
-def _spread(transition: Transition, interval: Interval) -> tuple[float, float]:
-    mean, std = transition(torch.zeros(1, 1), torch.ones(1, 1), interval)
-    return std, abs(float(mean)) / std if std > 0 else math.inf

@@ -45,7 +45,7 @@ def of_settings(trainer: Trainer, cut: Geometry, steps: tuple[PlannedStep, ...])
     found = [
         *trainer.preflight().of_settings(cut, steps),
         _sampler(trainer),
-        _few_training_prompts(trainer),
+        _few_training_prompts(trainer, cut),
         _truncated(trainer),
         _padding(trainer, cut),
         _idle(cut),
@@ -65,13 +65,13 @@ def _sampler(trainer: Trainer) -> Found:
     return None if note is None else warning(note)
 
 
-def _few_training_prompts(trainer: Trainer) -> Found:
+def _few_training_prompts(trainer: Trainer, cut: Geometry) -> Found:
     count, groups = len(trainer.prompts), trainer.sampling.groups
     if count >= groups:
         return None
     return warning(
         f"{count} prompts for {groups} groups: prompts come more than once in an epoch, and a small set is soon "
-        f"overfitted. Add prompts, or set sampling.groups to {count} with a larger group_size"
+        f"overfitted. Add prompts, or set sampling.groups to {count}{' with a larger group_size' if cut.drawn else ''}"
     )
 
 

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from flowalign.models import PipelineModel
+from flowalign.models.embedding_store import entries
 from flowalign.report.formats import count, duration, number, percent
 from flowalign.transitions import ODE
 from trainers.preflight.checking import Preflight
@@ -118,8 +119,7 @@ def _many(number: int) -> str:
 def _plan(found: Preflight) -> Lines:
     trainer = found.trainer
     noisy = [kind for kind in trainer.collection.epoch(0).path.transitions if not isinstance(kind, ODE)]
-    kinds = {type(kind).__name__: kind for kind in noisy}
-    noise = ", ".join(map(repr, kinds.values())) or "none: all steps are the ODE's"
+    noise = ", ".join(dict.fromkeys(map(repr, noisy))) or "none: all steps are the ODE's"
     return [("noise", noise), *trainer.preflight().plan_lines(found.steps)]
 
 
@@ -175,10 +175,17 @@ def _space(found: Preflight) -> Lines:
         ("prompt embeddings", f"{size(needs.embeddings)} once all prompts have been taken"),
         ("evaluation's pictures", f"{size(needs.pictures)} of the host's memory"),
         ("memory in all", f"{size(needs.memory)} of {size(needs.limit) if needs.limit else 'unknown'}"),
+        ("embeddings kept", f"{size(needs.stored)} in {found.trainer.model.embeddings_folder}, {_there(found)}"),
         ("run folder, at most", f"{size(needs.disk)} of {size(needs.free)} free"),
         ("a checkpoint", f"{size(needs.checkpoint)} at most, with an epoch's rollouts"),
     ]
     return [line for line in shown if not line[1].startswith("0 B")]
+
+
+def _there(found: Preflight) -> str:
+    """What the folder of embeddings has already."""
+    folder = found.trainer.model.embeddings_folder
+    return "" if folder is None else f"which holds {count(entries(folder))} prompts now"
 
 
 def _memory(found: Preflight) -> Lines:

@@ -161,22 +161,22 @@ def sample_first(trainer: Trainer, clean: bool = False) -> Sampled:
         torch.cat(reward.pixels)[:size].float() / 255,
         reward.first[0],
         same(before.scores, parts[0].scores),
-        (seconds["rollout"] + seconds.get("completion", 0.0)) / rows.forward,
+        (seconds["rollout"] + seconds.get("completion", 0.0) + seconds.get("guidance", 0.0)) / rows.cost,
         seconds["decode"] / made,
         seconds["reward"] / made,
     )
 
 
 def encode_some(trainer: Trainer) -> Encoding:
-    """Encode prompts of the first epoch."""
+    """Encode prompts of the first epoch, whether or not they are on a disk."""
     model, epoch = trainer.model, trainer.collection.epoch(0)
     texts = list(dict.fromkeys(trainer.collection.told(epoch.prompts).text))
-    told = model.encode(texts[:1])
-    known = [told.prompt_embeds, told.pooled_prompt_embeds]
-    size = sum(value[0].nbytes for value in known if value is not None)
     others = texts[1 : 1 + NEW_PROMPTS]
-    seconds = timed(model, lambda: model.encode(others)) / len(others) if others else 0.0
-    return Encoding(seconds, size)
+    with model.encoding_anew():
+        told = model.encode(texts[:1])
+        seconds = timed(model, lambda: model.encode(others)) / len(others) if others else 0.0
+    known = [told.prompt_embeds, told.pooled_prompt_embeds]
+    return Encoding(seconds, sum(value[0].nbytes for value in known if value is not None))
 
 
 def timed(model: Model, action: Callable[[], object]) -> float:

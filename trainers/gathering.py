@@ -1,0 +1,61 @@
+"""What processes hold in parts, whole on every one of them: scores, files, rows of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowalign.distributed import gather_text, sum_over_ranks, world_size
+from flowalign.records import Scores
+from rewards.base import join_scores
+
+
+def gather_scores(parts: Sequence[Scores], at: Sequence[int], total: int) -> Scores:
+    """The scores of all samples on every process.
+
+    Args:
+        parts: this process's, which are those of the samples `at` out of `total`.
+    """
+    if world_size() == 1:
+        return join_scores(parts)
+    held = join_scores(parts) if parts else None
+    names = next(json.loads(text) for text in gather_text(json.dumps([*held.parts]) if held else "") if text)
+    rows = torch.zeros(len(names) + 2, total)
+    if held is not None:
+        rows[:, [*at]] = torch.stack([held.total, held.valid.float(), *held.parts.values()])
+    sum_over_ranks([rows])
+    return Scores(rows[0], dict(zip(names, rows[2:], strict=True)), rows[1] > 0)
+
+
+def gather_files(mine: Mapping[int, bytes]) -> dict[int, bytes]:
+    """The files of all processes on every one, by number; no two processes have the same."""
+    if world_size() == 1:
+        return dict(mine)
+    told = gather_text(json.dumps({number: len(content) for number, content in mine.items()}))
+    sizes = {int(number): size for text in told for number, size in json.loads(text).items()}
+    held = {number: torch.zeros(size, dtype=torch.uint8) for number, size in sorted(sizes.items())}
+    for number, content in mine.items():
+        held[number] = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+    for whole in held.values():
+        sum_over_ranks([whole])
+    return {number: whole.numpy().tobytes() for number, whole in held.items()}
+
+
+def gather_rows(mine: Tensor | None, at: range, total: int) -> Tensor:
+    """The rows of all processes on every one, 8-bit; mine are those of `at` out of `total`."""
+    if world_size() == 1:
+        assert mine is not None
+        return mine
+    shape = next(
+        json.loads(text) for text in gather_text(json.dumps(mine.shape[1:]) if mine is not None else "") if text
+    )
+    rows = torch.zeros(total, *shape, dtype=torch.uint8)
+    if mine is not None:
+        rows[at.start : at.stop] = mine
+    for part in rows.split(64):
+        sum_over_ranks([part])
+    return rows
