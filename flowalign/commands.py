@@ -52,7 +52,9 @@ def add_sample(commands: Any) -> None:
         "target", metavar="TARGET", help="a run folder, a pipeline's folder or hub id, an embedded name"
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given more than once")
-    parser.add_argument("--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file, or {class: ...}"
+    )
     parser.add_argument("--lora", metavar="PATH", help="a folder or file of LoRA weights; a run's own by default")
     parser.add_argument("--base", action="store_true", help="without a run's LoRA: what its model was before")
     parser.add_argument("--steps", type=int, help="a run's own by default, otherwise 28")

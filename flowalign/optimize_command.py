@@ -51,7 +51,9 @@ def add_optimize(commands: Any) -> None:
     parser.add_argument("--method", choices=sorted(METHODS), help="reno by default; a config names its own")
     parser.add_argument("--reward", metavar="REWARD", help="a formula of rewards, a dotted path, or {class: ...}")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given more than once")
-    parser.add_argument("--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file, or {class: ...}"
+    )
     parser.add_argument("--lora", metavar="PATH", help="a folder or file of LoRA weights; a run's own by default")
     parser.add_argument("--steps", type=int, help="a config's or run's own by default, otherwise 28")
     parser.add_argument("--guidance-scale", type=float, help="a config's or run's own by default, otherwise 4.5")
@@ -138,9 +140,10 @@ def _of_pipeline(arguments: argparse.Namespace) -> dict[str, Any]:
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of the command that are arguments of every search."""
     told = {name: getattr(arguments, name) for name in ("steps", "guidance_scale", "seed", "batch_size")}
-    told |= {"prompts": arguments.prompt or arguments.prompts, "folder": arguments.out}
+    told |= {"prompts": arguments.prompt or None, "folder": arguments.out}
     known = {name: value for name, value in told.items() if value is not None}
-    return known | (read_options(["--reward", arguments.reward]) if arguments.reward is not None else {})
+    read = {"--reward": arguments.reward, "--prompts": arguments.prompts}
+    return known | read_options([word for pair in read.items() if pair[1] is not None for word in pair])
 
 
 def _existing(path: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowalign.config import ConfigError, build, load_yaml, override
+from flowalign.config import ConfigError, build, load_yaml, override, read_options
 from flowalign.models import Model, family_of
 from flowalign.models.loading import pipeline_class, settings_of
 from flowalign.pictures import grid, to_bytes, to_images
@@ -80,6 +80,13 @@ class Request:
     allow_code: bool
 
 
+def read_prompts(text: str, allow_code: bool) -> Prompts:
+    """What a command's --prompts names: a file, or {class: ...} as in a config."""
+    if not text.lstrip().startswith("{"):
+        return as_prompts(text).all()
+    return build(as_prompts, read_options(["--prompts", text]), allow_code).all()
+
+
 def save_pictures(request: Request) -> FilePath:
     """Write `0000.png` ... and `grid.png` into the folder asked for; returns the sheet's path.
 
@@ -87,7 +94,7 @@ def save_pictures(request: Request) -> FilePath:
 
     Raises: ValueError for settings that do not go together, before a model is loaded.
     """
-    held = as_prompts(request.prompts).all() if request.prompts else Prompts((), ())
+    held = read_prompts(request.prompts, request.allow_code) if request.prompts else Prompts((), ())
     prompts = Prompts(request.prompt + held.text, ({},) * len(request.prompt) + held.metadata)
     if not len(prompts):
         raise ValueError("sample needs --prompt TEXT or --prompts FILE")

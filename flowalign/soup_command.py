@@ -62,7 +62,7 @@ def add_soup(commands: Any) -> None:
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument("--sweep", type=int, metavar="N", help="points along each edge of the simplex")
     sweep.add_argument("--reward", action="append", metavar="R", help="a dotted path, a formula, or {class: ...}")
-    sweep.add_argument("--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file")
+    sweep.add_argument("--prompts", metavar="FILE", help="a .txt, .jsonl, .csv, .tsv or .parquet file, or {class: ...}")
     sweep.add_argument("--model", metavar="TARGET", help="a run, or a pipeline as in sample; by default the first run")
     sweep.add_argument("--steps", type=int, help="the run's own by default, otherwise 28")
     sweep.add_argument("--guidance-scale", type=float, help="the run's own by default, otherwise 4.5; 1 for none")
@@ -215,13 +215,12 @@ def _prepared(arguments: argparse.Namespace, request: Request) -> tuple[dict[str
     """The model's config without a policy, and what is drawn and scored; no model is loaded yet but the rewards'."""
     from flowalign.commands import read_reward
     from flowalign.config import override
-    from flowalign.prompts import as_prompts
-    from flowalign.sample import config_of, steps_and_guidance
+    from flowalign.sample import config_of, read_prompts, steps_and_guidance
     from flowalign.soup_sweep import Sweep
     from rewards.algebra import running_normalisers
     from rewards.base import Reward
 
-    prompts = as_prompts(arguments.prompts).all()
+    prompts = read_prompts(arguments.prompts, request.allow_code)
     config = config_of(request)
     config["model"].pop("lora", None)
     config = override(config, request.options)

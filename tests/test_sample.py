@@ -11,11 +11,11 @@ from PIL import Image
 from tiny import randomise_policy
 
 from flowalign.cli import main
-from flowalign.config import dump_yaml
+from flowalign.config import ConfigError, dump_yaml
 from flowalign.models.sd3 import SD3
-from flowalign.sample import start_noise
+from flowalign.sample import read_prompts, start_noise
 from flowalign.schedules import linear
-from flowalign.shapes import text_to_image
+from flowalign.shapes import held_out_prompts, text_to_image
 
 PROMPTS = ["a red circle left of a blue square", "two green triangles", "a large white star"]
 STEPS = 4
@@ -125,3 +125,10 @@ def test_start_noise_is_keyed(tmp_path):
     one = start_noise(model, 0, "sample", [0, 1])
     assert torch.equal(one[1], start_noise(model, 0, "sample", [1])[0])
     assert not torch.equal(one[0], start_noise(model, 1, "sample", [0])[0])
+
+
+def test_prompts_may_be_named_as_in_a_config():
+    told = read_prompts("{class: flowalign.shapes.held_out_prompts, count: 3, kinds: [count]}", False)
+    assert told == held_out_prompts(3, kinds=("count",))
+    with pytest.raises(ConfigError, match="conut"):
+        read_prompts("{class: flowalign.shapes.held_out_prompts, conut: 3}", False)
