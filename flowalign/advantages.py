@@ -100,6 +100,20 @@ def dancegrpo_advantages(rewards: Rewards, group_ids: GroupIds, clip: float | No
     return group_advantages(rewards, group_ids, unbiased_group_std, eps=1e-8, clip=clip)
 
 
+def ddpo_advantages(rewards: Rewards, group_ids: GroupIds, clip: float | None = 5.0) -> Rewards:
+    """DDPO's code: `group_advantages` with 1e-6 added to the group's std, clipped to 5 (arXiv:2305.13301).
+
+    Its statistics are of a prompt's last 16 or 32 rewards, those of past epochs among them, and of the whole batch
+    until there are 16; here they are of the group, the same prompt's samples of the present policy.
+    """
+    return group_advantages(rewards, group_ids, eps=1e-6, clip=clip)
+
+
+def rlcm_advantages(rewards: Rewards, group_ids: GroupIds) -> Rewards:
+    """RLCM's code (arXiv:2404.03673): `ddpo_advantages`, clipped to 10."""
+    return ddpo_advantages(rewards, group_ids, clip=10.0)
+
+
 def floored_group_std(rewards: Rewards, group_ids: GroupIds) -> Rewards:
     """`group_std`, at least 1e-6: Flow-Factory's guard against a std of 0, where flow_grpo adds to the std."""
     return group_std(rewards, group_ids).clamp(min=1e-6)

@@ -9,13 +9,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
+import typecheck
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-install_import_hook(["flowalign", "rewards", "trainers"], "typecheck.check")
+jaxtyping.jaxtyped = typecheck.jaxtyped  # what the hook decorates with
+jaxtyping.install_import_hook(["flowalign", "rewards", "trainers"], "typecheck.check")
 
 
 @pytest.fixture(autouse=True)

@@ -38,38 +38,32 @@ def _decorated(found: Any) -> Any:
 
 
 def _checked(function: Any) -> Any:
-    made: list[Callable[..., Any]] = []
+    made: Callable[..., Any] | None = None
+    shaped = False
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not made:
-            made.append(_with_checks(function))
-        return made[0](*args, **kwargs)
+        nonlocal made, shaped
+        if made is None:
+            hints = {name: _hint(hint, function) for name, hint in function.__annotations__.items()}
+            made, shaped = _with_checks(function, hints), any(_has_shape(hint) for hint in hints.values())
+        if not shaped:
+            return made(*args, **kwargs)
+        with scope("context"):
+            return made(*args, **kwargs)
 
     return call
 
 
-def _with_checks(function: Any) -> Callable[..., Any]:
-    hints = {name: _hint(hint, function) for name, hint in function.__annotations__.items()}
+def _with_checks(function: Any, hints: dict[str, Any]) -> Callable[..., Any]:
+    """The function with its hints as they are meant, in beartype's wrapper; itself where it has none."""
     if not hints:
         return function  # type: ignore[no-any-return]
-    copy = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__, copy.__qualname__, copy.__module__ = (
-        function.__kwdefaults__, function.__qualname__, function.__module__
-    )  # fmt: skip
-    copy.__annotations__ = hints
-    checked: Callable[..., Any] = check(copy)
-    if not any(_has_shape(hint) for hint in hints.values()):
-        return checked
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with scope("context"):
-            return checked(*args, **kwargs)
-
-    return call
+    names = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    copy = FunctionType(*names)
+    copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, hints
+    copy.__qualname__, copy.__module__ = function.__qualname__, function.__module__
+    return check(copy)  # type: ignore[no-any-return]
 
 
 def _hint(hint: Any, function: Any) -> Any:

@@ -18,11 +18,13 @@ from flowalign.models.pipeline import timesteps
 class StableDiffusion(AlphaModel):
     """A StableDiffusionPipeline (1.5, 2.1, SD-Turbo, LCM) with a LoRA policy on its UNet; arguments: `PipelineModel`'s.
 
+    So is a LatentConsistencyModelPipeline, as which LCM_Dreamshaper_v7 is kept: the same parts under another name.
+
     Its UNet may predict eps, v or x_0, or the consistency function: see `AlphaModel`. One that was distilled with
     guidance is told the guidance scale, and called once.
     """
 
-    pipelines = ("StableDiffusionPipeline",)
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     network_name = "unet"
     targets = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -32,7 +32,8 @@ CELLS = 8
 class Detected:
     """An object found in a picture: "unknown" where its outline is no shape's or too large; extent, centre in pixels.
 
-    `agreement` is the share of cells that match each shape, in the order of `SHAPES`.
+    `agreement` is the share of cells that match each shape, in the order of `SHAPES`. `box` is left, top, right and
+    bottom in pixels, the last two exclusive.
     """
 
     color: str
@@ -41,6 +42,7 @@ class Detected:
     y: float
     extent: float
     agreement: tuple[float, ...]
+    box: tuple[float, float, float, float]
 
 
 @cache
@@ -104,6 +106,7 @@ def detect(pixels: Float[Tensor, "b 3 h w"]) -> list[list[Detected]]:
                 float(boxes.top[i] + boxes.bottom[i]) / 2,
                 float(extent[i]),
                 tuple(float(value) for value in agreement[i]),
+                (float(boxes.left[i]), float(boxes.top[i]), float(boxes.right[i]), float(boxes.bottom[i])),
             )
         )
     return found
