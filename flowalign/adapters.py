@@ -8,7 +8,8 @@ adapter_model.safetensors beside adapter_config.json, as `peft.PeftModel.from_pr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +111,25 @@ def _load(pipeline: Any, network: nn.Module, path: str, name: str) -> None:
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist: LoRA.start is a folder or file of LoRA weights")
     if _by_pipeline(pipeline, network):
-        pipeline.load_lora_weights(path, adapter_name=name)
+        with _text_encoders_left_out():
+            pipeline.load_lora_weights(path, adapter_name=name)
     else:
         _load_by_peft(network, path, name)
+
+
+@contextmanager
+def _text_encoders_left_out() -> Iterator[None]:
+    """While entered, diffusers does not warn that a LoRA has no part for each of the text encoders; ours never have."""
+
+    def told(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No LoRA keys associated to ")
+
+    log = logging.getLogger("diffusers.loaders.lora_base")  # of the network it warns elsewhere
+    log.addFilter(told)
+    try:
+        yield
+    finally:
+        log.removeFilter(told)
 
 
 def _by_pipeline(pipeline: Any, network: nn.Module) -> bool:
@@ -148,34 +165,32 @@ def as_reference(network: nn.Module, reference: Reference) -> Iterator[None]:
 
     None of its parameters has a gradient meanwhile, and the policy's alone have one after it.
     """
-    before = _in_use(network)
-    _use(network, reference)
+    layers = _layers(network)
+    before = _in_use(layers)
+    _use(layers, reference)
     try:
         yield
     finally:
-        _use(network, before)
+        _use(layers, before)
 
 
-def _in_use(network: nn.Module) -> Use:
-    """What a network, or a block of one, runs with: all its adapted layers are alike."""
-    for layer in _layers(network):
+def _in_use(layers: Sequence[BaseTunerLayer]) -> Use:
+    """What the adapted layers of a network, or of a block of one, run with: all are alike."""
+    for layer in layers:
         if layer.disable_adapters:
             return "base"
         return "start" if START in layer.active_adapters else "policy"
     return "policy"
 
 
-def _use(network: nn.Module, what: Use) -> None:
-    for layer in _layers(network):
+def _use(layers: Sequence[BaseTunerLayer], what: Use) -> None:
+    for layer in layers:
         if what == "base":
             layer.enable_adapters(False)
         else:
-            layer.enable_adapters(True)
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
             layer.set_adapter([START if what == "start" else POLICY], inference_mode=what == "start")
-    if what == "policy":
-        trained = policy_parameters(network)
-        for name, parameter in network.named_parameters():  # peft's set_adapter flips requires_grad
-            parameter.requires_grad_(name in trained)
 
 
 def as_now(network: nn.Module) -> AbstractContextManager[None]:
@@ -184,20 +199,21 @@ def as_now(network: nn.Module) -> AbstractContextManager[None]:
     By then a reference may have been left or entered; that is changed and put back. That the policy's weights are
     others is an error, as it is for a call that is not made anew.
     """
-    held, versions = _in_use(network), _versions(network)
+    layers, versions = _layers(network), _versions(network)
+    held = _in_use(layers)
 
     @contextmanager
     def entered() -> Iterator[None]:
         assert _versions(network) == versions, "the policy's weights have changed between forward and backward pass"
-        now = _in_use(network)
+        now = _in_use(layers)
         if now == held:
             yield
             return
-        _use(network, held)
+        _use(layers, held)
         try:
             yield
         finally:
-            _use(network, now)
+            _use(layers, now)
 
     return entered()
 

@@ -162,10 +162,11 @@ def train(arguments: argparse.Namespace, words: list[str]) -> None:
 
 
 def check_files(call: Call) -> None:
-    """What is wrong with the run's folder or with a file of prompts, told before a model is loaded."""
+    """What is wrong with the run's folder, with a file of prompts or of preferences, told before a model is loaded."""
     ours = sys.modules.get("trainers.base")  # loaded if the trainer is one of ours
     if ours is None or not isinstance(call.target, type) or not issubclass(call.target, ours.Trainer):
         return
+    from flowalign.preferences.sources import check_source
     from flowalign.prompts import as_prompts
     from flowalign.tracking import check_folder
 
@@ -176,6 +177,11 @@ def check_files(call: Call) -> None:
     for prompts in (known["prompts"], held_out):
         if isinstance(prompts, str):
             as_prompts(prompts)
+    pairs = known.get("pairs")
+    stored = pairs.defaults | pairs.arguments if isinstance(pairs, Call) else {}
+    for preferences in (stored.get("preferences"), stored.get("held_out")):
+        if isinstance(preferences, str):
+            check_source(preferences)
 
 
 def read_call(arguments: argparse.Namespace, words: list[str]) -> Call:

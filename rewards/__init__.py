@@ -23,6 +23,7 @@ from rewards.ctc import CTCText
 from rewards.dynamics import DynamicDegree, FlowDynamics
 from rewards.expression import parse_reward
 from rewards.face import FaceIdentity
+from rewards.finders import Finder, GroundingDINO, ShapesFinder
 from rewards.frames import OnFrames
 from rewards.geneval import GenEval
 from rewards.goal import GoalBaselineCLIP
@@ -34,6 +35,7 @@ from rewards.jpeg import JPEGCompressibility, JPEGIncompressibility
 from rewards.judge import Judge, PairJudge
 from rewards.judges import QualityLevels, SoftTIFA, UnifiedReward, UnifiedRewardThink, VQAScore
 from rewards.local_vlm import LocalVLM
+from rewards.move import Position, Resize, Translation
 from rewards.mps import MPS
 from rewards.mtcnn import MTCNN
 from rewards.ocr import OCR
@@ -75,12 +77,14 @@ __all__ = [
     "EdgeConsistency",
     "Endpoint",
     "FaceIdentity",
+    "Finder",
     "FlowDynamics",
     "FrameDynamics",
     "FrechetDistance",
     "Gate",
     "GenEval",
     "GoalBaselineCLIP",
+    "GroundingDINO",
     "GroupDiversity",
     "GroupNormalise",
     "HPSv2",
@@ -103,13 +107,16 @@ __all__ = [
     "PairJudge",
     "PairwiseWinRate",
     "PickScore",
+    "Position",
     "Product",
     "QualityLevels",
     "Rank",
     "RemoteReward",
+    "Resize",
     "Reward",
     "RunningNormalise",
     "SegmentConsistency",
+    "ShapesFinder",
     "ShapesVerifier",
     "ShapesVideoVerifier",
     "SigLIPScore",
@@ -118,6 +125,7 @@ __all__ = [
     "SubjectConsistency",
     "TemporalFlickering",
     "TextNorm",
+    "Translation",
     "UncertaintyWeighted",
     "UnifiedReward",
     "UnifiedRewardThink",

@@ -76,7 +76,8 @@ class GroundingDINO:
         model: a folder or hub id of a GroundingDinoForObjectDetection with its tokenizer. The licence of the published
             ones, IDEA-Research/grounding-dino-tiny and -base, is Apache-2.0.
         threshold: the least score of a box, in [0, 1).
-        short_side: pixels of a picture's shorter side in the network; the longer has at most 1.67 times as many.
+        short_side: pixels of a picture's shorter side in the network, at least 96; fewer where the longer would have
+            more than 1.67 times as many.
         device: where the network stays; by default it follows the pictures.
         batch_size: pictures that pass through the network at once.
         offload: keeps the network on the CPU between calls. See `rewards.towers.Network`.
@@ -93,9 +94,9 @@ class GroundingDINO:
         batch_size: int = 4,
         offload: bool = False,
     ) -> None:
-        if not 0 <= threshold < 1 or short_side < 32 or batch_size < 1:
+        if not 0 <= threshold < 1 or short_side < 96 or batch_size < 1:
             raise ValueError(
-                "threshold must be in [0, 1), short_side at least 32 and batch_size at least 1, "
+                "threshold must be in [0, 1), short_side at least 96 and batch_size at least 1, "
                 f"got {threshold}, {short_side} and {batch_size}"
             )
         loaded, self.tokenizer = _load(model)

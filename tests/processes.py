@@ -12,6 +12,7 @@ from queue import Empty
 from typing import Any
 
 import torch
+import typecheck
 
 from flowalign import distributed
 
@@ -23,6 +24,7 @@ def run(world: int, place: Path, work: Callable[[int], Any], seconds: float = 60
 
     Raises: RuntimeError with the traceback of a process that fails, or the ranks that do not end in time.
     """
+    typecheck.make_all()
     meeting = place / f"meeting-{time.monotonic_ns()}"
     queue = FORK.Queue()
     started = [FORK.Process(target=_child, args=(rank, world, meeting, work, queue)) for rank in range(world)]
@@ -52,6 +54,7 @@ def run(world: int, place: Path, work: Callable[[int], Any], seconds: float = 60
 
 def killed(work: Callable[[], Any], seconds: float = 60) -> int:
     """The exit code of a process that does `work`, negative for the signal that killed it."""
+    typecheck.make_all()
     process = FORK.Process(target=_alone, args=(work,))
     process.start()
     process.join(timeout=seconds)

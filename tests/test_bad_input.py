@@ -101,6 +101,15 @@ def test_a_bad_prompt_file_is_told_before_a_model_is_loaded(name, key, tmp_path,
     assert re.search(message, refused(capsys, *words, "--model.pipeline", "./no-such-model"))
 
 
+@pytest.mark.parametrize("key", ["preferences", "held_out"])
+def test_preferences_that_are_not_there_are_told_before_a_model_is_loaded(key, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text("")
+    known = {"preferences": tmp_path / "pairs.jsonl", "held_out": tmp_path / "pairs.jsonl"} | {key: tmp_path / "none"}
+    named = [word for name, path in known.items() for word in (f"--pairs.{name}", str(path))]
+    words = ["flow_dpo/shapes", "--folder", str(tmp_path / "run"), *named, "--model.pipeline", "./no-such-model"]
+    assert f"preferences: {tmp_path / 'none'} is no file or folder; give a " in refused(capsys, *words)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"

@@ -162,7 +162,7 @@ def test_embeddings_beyond_the_limit_are_made_again() -> None:
 
 
 @pytest.mark.parametrize("reference", ["base", "start"])
-def test_saved_policy_loads_in_plain_diffusers_and_goes_on(reference, tmp_path: FilePath) -> None:
+def test_saved_policy_loads_in_plain_diffusers_and_goes_on(reference, tmp_path: FilePath, caplog) -> None:
     model = SD3(tiny_sd3(), max_sequence_length=12)
     randomise_policy(model)
     model.save(tmp_path)
@@ -183,7 +183,10 @@ def test_saved_policy_loads_in_plain_diffusers_and_goes_on(reference, tmp_path: 
     ).images
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
+    assert "No LoRA keys associated to CLIPTextModelWithProjection" in caplog.text  # by diffusers itself
+    caplog.clear()
     onward = SD3(tiny_sd3(), lora=LoRA(start=str(tmp_path), reference=reference), max_sequence_length=12)
+    assert caplog.messages == []  # that there is no LoRA of the text encoders is no news
     condition = onward.encode(PROMPTS)
     started = onward.network(latents, 0.5, condition, negative=False)
     torch.testing.assert_close(started, model.network(latents, 0.5, condition, negative=False), atol=1e-6, rtol=0)

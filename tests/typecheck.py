@@ -21,6 +21,7 @@ from jaxtyping import AbstractArray
 # As for static checkers, an int will do where a float is asked for.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 scope = jaxtyping.jaxtyped
+WAITING: list[Callable[[], None]] = []
 
 
 def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
@@ -37,21 +38,35 @@ def _decorated(found: Any) -> Any:
     return found
 
 
+def make_all() -> None:
+    """Make all checks that wait for a first call: before a fork, so that no child has to."""
+    while WAITING:
+        WAITING.pop()()
+
+
 def _checked(function: Any) -> Any:
     made: Callable[..., Any] | None = None
     shaped = False
 
+    def make() -> None:
+        nonlocal made, shaped
+        if made is not None:
+            return
+        hints = {name: _hint(hint, function) for name, hint in function.__annotations__.items()}
+        made, shaped = _with_checks(function, hints), any(_has_shape(hint) for hint in hints.values())
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal made, shaped
         if made is None:
-            hints = {name: _hint(hint, function) for name, hint in function.__annotations__.items()}
-            made, shaped = _with_checks(function, hints), any(_has_shape(hint) for hint in hints.values())
+            make()
+            assert made is not None
         if not shaped:
             return made(*args, **kwargs)
         with scope("context"):
             return made(*args, **kwargs)
 
+    if "<locals>" not in function.__qualname__:
+        WAITING.append(make)
     return call
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ class StableDiffusion(AlphaModel):
     guidance is told the guidance scale, and called once.
     """
 
-    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     network_name = "unet"
     targets = ("to_q", "to_k", "to_v", "to_out.0")
 

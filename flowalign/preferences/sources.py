@@ -237,16 +237,24 @@ def as_preferences(data: PreferenceData, on_bad: OnBad = "stop") -> PreferenceSe
     return Preferences(data, on_bad=on_bad) if isinstance(data, str) else data
 
 
+def check_source(source: str) -> None:
+    """Raises: ValueError for a name that is no file or folder that `Preferences` takes; nothing is read."""
+    path = Path(source)
+    if path.is_dir():
+        return
+    if not path.is_file():
+        raise ValueError(f"preferences: {path} is no file or folder; give a {', '.join(FILES)} file or a folder")
+    if path.suffix.lower() not in FILES:
+        raise ValueError(f"preferences: {path} is no {', '.join(FILES)} file")
+
+
 def _table(path: Path) -> Table:
+    check_source(str(path))
     if path.is_dir():
         if any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             return HubTable(str(path), "train", None, None)
         parts = sorted(path.glob("*.parquet"))
         return ParquetTable(parts, path) if parts else FolderTable(path)
-    if not path.is_file():
-        raise ValueError(f"preferences: {path} is no file or folder; give a {', '.join(FILES)} file or a folder")
-    if path.suffix.lower() not in FILES:
-        raise ValueError(f"preferences: {path} is no {', '.join(FILES)} file")
     return FILES[path.suffix.lower()](path)
 
 

@@ -70,8 +70,8 @@ class Spec:
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Spec:
-        """The inverse of `to_dict`."""
+    def from_dict(data: Any) -> Spec:
+        """The inverse of `to_dict`. Raises: KeyError or TypeError for other data."""
         return Spec(data["kind"], tuple(Actor(**actor) for actor in data["actors"]), data["meeting"])
 
 
