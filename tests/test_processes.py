@@ -63,7 +63,7 @@ def test_the_first_rollout_is_bit_equal(sampling, tmp_path):
 
 def policy(folder: Path, changes: dict[str, Any], rank: int = 0, kind: str = "flow_grpo") -> dict[str, Any]:
     trainer = JOBS[kind](folder, optimizer=GENTLE, **changes)
-    trainer.train()
+    trainer.train(report=False)
     return {name: value.detach().numpy() for name, value in trainer.model.trainable().items()}
 
 
@@ -172,8 +172,7 @@ def test_updates_by_noising_anew_come_to_the_same_policy(kind, tmp_path):
         assert {name: row[name] for name in kept} == pytest.approx({n: same[n] for n in kept}, abs=1e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("size", [8, 4, 3])
-def test_accumulation_changes_nothing_under_a_smooth_reward(size, tmp_path):
+def test_accumulation_changes_nothing_under_a_smooth_reward(tmp_path):
     """8 samples an optimizer step, in 1, 2 and 4 micro-batches; and in micro-batches of 3 with padding."""
 
     def sampled(batch_size: int) -> dict[str, Any]:
@@ -181,8 +180,9 @@ def test_accumulation_changes_nothing_under_a_smooth_reward(size, tmp_path):
         return {"sampling": Sampling(plan, 2, 8, batch_size=batch_size, rows_per_call=8, steps=3, guidance_scale=2.0)}
 
     whole = policy(tmp_path / "2", sampled(2))
-    other = policy(tmp_path / str(size), sampled(size))
-    assert max(np.abs(other[name] - whole[name]).max() for name in whole) <= 1e-6
+    for size in (8, 4, 3):
+        other = policy(tmp_path / str(size), sampled(size))
+        assert max(np.abs(other[name] - whole[name]).max() for name in whole) <= 1e-6, size
 
 
 def test_shares_leave_nothing_out_and_differ_by_one():
