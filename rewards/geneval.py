@@ -72,7 +72,7 @@ def read_spec(prompts: Prompts, index: int) -> Spec:
         ) from error
 
 
-def _read_clause(row: dict[str, Any], number: int) -> Clause:
+def _read_clause(row: Any, number: int) -> Clause:
     clause = Clause(row["class"], int(row["count"]), row.get("color"))
     if clause.name not in NAMES or clause.count < 1 or clause.color not in (None, *COLORS):
         raise ValueError(f"class, count or color not known in {row}")
