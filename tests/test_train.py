@@ -135,14 +135,14 @@ def test_a_pipeline_a_function_and_a_list_of_prompts_are_enough(tmp_path):
         prompts=["a large red circle", "a large blue square", "two green stars"],
         sampling=Sampling(FanOut(FlowSDE(1.0), (1,)), 8, 16, batch_size=8, steps=4, guidance_scale=1.0),
         optimizer=Optimizer(2e-3, betas=(0.9, 0.99), ema_decay=0.0),
-        evaluation=Evaluation(["a red circle", "a white square", "two black triangles"] * 5, every=15),
+        evaluation=Evaluation(["a red circle", "a white square", "two black triangles"] * 5, every=10),
         kl_coef=0.0,
-        epochs=15,
+        epochs=10,
         updates_per_epoch=1,
         folder=str(tmp_path / "run"),
     )
     trainer.train()
     first, last = trainer.state.history[0], trainer.state.history[-1]
-    assert last["held-out"] > first["held-out"] + 0.01
+    assert last["held-out"] > first["held-out"] + 0.05
     fresh = text_to_image()
     fresh.load_lora_weights(str(tmp_path / "run" / "lora"))
