@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,3 +27,11 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """What a run that nothing happens to comes to: `tests.interrupted.unbroken_runs`."""
+    from tests.interrupted import unbroken_runs  # after the hook above
+
+    return unbroken_runs(tmp_path_factory.mktemp("unbroken"))

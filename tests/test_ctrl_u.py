@@ -25,10 +25,10 @@ from rewards.base import FunctionReward
 from rewards.consistency import ValueConsistency
 from tests import processes
 from tests.families import ddim, tiny_sd
+from tests.interrupted import dying
 from tests.jobs import digest, rows
 from tests.test_draft import GRID, gradient, nearness
 from tests.test_instruct_video import Drawing
-from tests.test_resume import dying
 from tests.test_shipped_configs import resolved
 from tests.tiny import randomise_policy
 from tests.tiny_controlnet import tiny_controlnet

@@ -19,8 +19,8 @@ from flowalign.schedules import AllSteps, FanOut, linear
 from flowalign.schedules import Path as Plan
 from flowalign.transitions import ODE, FlowSDE
 from tests import processes
+from tests.interrupted import GENTLE, assert_close, dying, state_of, told
 from tests.jobs import digest, rows
-from tests.test_resume import GENTLE, assert_close, dying, state_of, told
 from trainers import DenseGRPO, FlowGRPO, Optimizer, Sampling
 from trainers.batch import Batch, Bucket
 from trainers.collection import Epoch

@@ -28,8 +28,8 @@ from flowalign.transitions import FlowSDE
 from rewards.base import as_reward
 from tests import processes
 from tests.families import CASES
+from tests.interrupted import dying
 from tests.jobs import digest, job
-from tests.test_resume import dying
 from trainers import Evaluation, Optimizer, Sampling
 from trainers.preflight.checking import inspect
 from trainers.preflight.geometry import floor_rows, geometry, spent_rows
