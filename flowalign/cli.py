@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train(commands)
     from flowalign import commands as others  # which import from here
-    from flowalign import optimize_command, prefer_command, soup_command
+    from flowalign import doctor_command, optimize_command, prefer_command, slurm_command, soup_command
 
     others.add_sample(commands)
     others.add_score(commands)
@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     optimize_command.add_optimize(commands)
     soup_command.add_soup(commands)
     prefer_command.add_prefer(commands)
+    slurm_command.add_slurm(commands)
+    doctor_command.add_doctor(commands)
     arguments, rest = parser.parse_known_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import warns of image processors that no one uses
     try:
