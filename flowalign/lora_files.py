@@ -196,12 +196,11 @@ def _scale(file: Path, module: str, rank: int, alpha: float | None, settings: Ma
 
 
 def lora_bytes(factors: Mapping[str, Factors], notes: Mapping[str, str]) -> bytes:
-    """A file that `load_lora_weights` reads, in float32, scales of 1 (alpha is the rank); equal LoRAs are equal bytes.
+    """A file that `load_lora_weights` reads, in float32, with every layer's alpha; equal LoRAs are equal bytes.
 
     Args:
-        factors: with scales of 1. notes: further entries of the header.
+        notes: further entries of the header.
     """
-    assert all(one.scale == 1 for one in factors.values())
     tensors, told = dict[str, Tensor](), dict[str, Any]()
     for name, one in sorted(factors.items()):
         tensors[f"{name}.lora_A.weight"] = one.down.to(torch.float32).contiguous()

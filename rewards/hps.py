@@ -76,6 +76,7 @@ class HPSv2(CLIPTowers):
     """
 
     name = "hpsv2"
+    card = Card("xswu/HPSv2", "Apache-2.0")  # of all versions
 
     def __init__(
         self,
