@@ -163,16 +163,18 @@ def place(spec: Spec, rng: np.random.Generator) -> list[Placed]:
             Placed(g.color, g.shape, rng.uniform(r + 1, SIZE - r - 1), rng.uniform(r + 1, SIZE - r - 1), r)
             for g, r in zip(wanted, radii, strict=True)
         ]
-        if _apart(placed) and (spec.relation is None or _related(placed[0], placed[1], spec.relation)):
+        if apart(placed) and (spec.relation is None or related(placed[0], placed[1], spec.relation)):
             return placed
 
 
-def _apart(placed: list[Placed]) -> bool:
+def apart(placed: list[Placed]) -> bool:
+    """Whether objects are two pixels apart at least, box from box."""
     pairs = [(a, b) for i, a in enumerate(placed) for b in placed[i + 1 :]]
     return all(max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + 2 for a, b in pairs)
 
 
-def _related(first: Placed, second: Placed, relation: str) -> bool:
+def related(first: Placed, second: Placed, relation: str) -> bool:
+    """Whether a relation holds clearly: its axis holds at least 1.5 times the other axis's distance."""
     across, down = RELATIONS[relation]
     dx, dy = first.x - second.x, first.y - second.y
     along, aside = (dx * across, abs(dy)) if across else (dy * down, abs(dx))
