@@ -27,7 +27,7 @@ from trainers.update import Update
 GENTLE = Optimizer(3e-4, ema_decay=0.5, ema_every=1)
 
 PLACES = {
-    "rollout": (Collection, "collect"),
+    "rollout": (Collection, "begin"),
     "reward": (jobs, "redness"),
     "update": (Update, "_backward"),
     "path": (PathSteps, "_backward"),

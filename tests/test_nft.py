@@ -200,7 +200,7 @@ def test_leaving_the_older_policy_s_call_out_changes_no_bit(tmp_path, monkeypatc
 def test_the_older_policy_is_a_mixture_and_draws_the_samples(tmp_path, monkeypatch):
     made = trainer(tmp_path, 2, 3, decay=half, kl_coef=0.0)
     kept, drawn = list[dict[str, Tensor]](), list[dict[str, Tensor]]()
-    renewed, collect = made.renewed, made.collection.collect
+    renewed, begin = made.renewed, made.collection.begin
 
     def renew() -> dict[str, Tensor]:
         kept.append(made.optimizer.snapshot())
@@ -208,10 +208,10 @@ def test_the_older_policy_is_a_mixture_and_draws_the_samples(tmp_path, monkeypat
 
     def draw(*given: Any) -> Any:
         drawn.append(made.optimizer.snapshot())
-        return collect(*given)
+        return begin(*given)
 
     monkeypatch.setattr(made, "renewed", renew)
-    monkeypatch.setattr(made.collection, "collect", draw)
+    monkeypatch.setattr(made.collection, "begin", draw)
     made.train(report=False)
     expected, each = torch.zeros(STEPS + 1), len(drawn) // 3
     for epoch, now in enumerate(kept):

@@ -91,8 +91,8 @@ def test_calibration_moves_the_table_that_training_then_keeps(tmp_path):
     settings = Calibration(rounds=3, groups=2, amount=0.02, balance=FractionBalance(0.5))
     run = trainer(tmp_path / "run", WINDOW, calibration=settings, epochs=2)
     seen: list[tuple[Transition, ...]] = []
-    collect = run.collection.collect
-    run.collection.collect = lambda *rest: seen.append(rest[0].path.transitions) or collect(*rest)  # type: ignore
+    begin = run.collection.begin
+    run.collection.begin = lambda *rest: seen.append(rest[0].path.transitions) or begin(*rest)  # type: ignore
     run.train(report=False)
     told = json.loads((tmp_path / "run" / "noise.json").read_text())
     assert told["start"] == pytest.approx(noise_table(WINDOW.plan.resolve(STEPS, 0, 0), run.sigmas))

@@ -20,15 +20,15 @@ from jaxtyping import Float
 from scipy.special import bdtr
 from torch import Tensor
 
-from flowalign.distributed import on_main, world_size
+from flowalign.distributed import on_main
 from flowalign.randomness import key_generator
-from flowalign.records import Scores, intervals
+from flowalign.records import intervals
 from flowalign.schedules import Path
 from flowalign.tracking import Run, write_atomically
 from flowalign.transitions import DanceSDE, FlowSDE, Memoryless, TableSDE
 from trainers.batch import Sampling, valid_rows
 from trainers.completed import CompletedCollection, completed_rewards_of
-from trainers.gathering import gather_scores
+from trainers.pre_pass import measured
 
 if TYPE_CHECKING:
     from trainers.dense_grpo import DenseGRPO
@@ -197,18 +197,5 @@ def _write(run: Run, noise: dict[str, Any]) -> None:
 
 def _gains(trainer: DenseGRPO, collection: CompletedCollection, number: int, keeper: Keeper) -> Float[Tensor, "b t"]:
     """Those of a round's valid rollouts, on every process."""
-    epoch = collection.epoch(number)
-    mine, parts = collection.mine(epoch), list[Scores]()
-    turns = -(-collection.micro_batches(epoch) // world_size())
-    for turn in range(turns):
-        if keeper.asked(f"calibration {number + 1}, rollout", turn, turns):
-            keeper.stop()
-        if turn < len(mine):
-            with trainer.sampler():
-                parts.append(collection.collect(epoch, mine[turn], True).scores)
-    rows, members = collection.rows_of(epoch, mine), epoch.members
-    total = len(epoch.rows) * members
-    scores = gather_scores(parts, range(rows.start * members, rows.stop * members), total)
-    trainer.model.meter.take()  # no epoch's costs
-    trainer.check_valid(scores, number)
+    scores = measured(trainer, collection, number, keeper, f"calibration {number + 1}, rollout")
     return completed_rewards_of(valid_rows(scores)).double().diff(dim=1)
