@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flowalign import watchdog
+from flowalign.out_of_memory import ADVICE, OTHERWISE, explained
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -66,14 +69,19 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """While entered, time is this phase's."""
+        """While entered, time is this phase's. Raises: OutOfMemory in place of whatever says that memory ran out."""
         self._book()
         self._open.append(name)
         try:
-            yield
+            with watchdog.doing(name), explained(name, ADVICE.get(name, OTHERWISE)):
+                yield
         finally:
             self._book()
             self._open.pop()
+
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds that something took beside the phases, in a thread of its own."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _book(self) -> None:
         if torch.cuda.is_initialized():
@@ -81,7 +89,7 @@ class Meter:
         now = time.perf_counter()
         if self._open:
             name = self._open[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+            self.add(name, now - self._since)
         self._since = now
 
     def take(self) -> tuple[Counter[str], Rows, dict[str, float]]:

@@ -20,11 +20,13 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowalign.lora_files import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, adapter_settings, read_lora
+from flowalign.sharding import plain_class
 
 POLICY = "policy"
 START = "start"
@@ -111,8 +113,11 @@ def _load(pipeline: Any, network: nn.Module, path: str, name: str) -> None:
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist: LoRA.start is a folder or file of LoRA weights")
     if _by_pipeline(pipeline, network):
-        with _text_encoders_left_out():
-            pipeline.load_lora_weights(path, adapter_name=name)
+        try:
+            with _text_encoders_left_out():
+                pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no LoRA in safetensors, and pickled ones are not read: {error}") from error
     else:
         _load_by_peft(network, path, name)
 
@@ -251,7 +256,7 @@ def save_policy(pipeline: Any, network: nn.Module, folder: Path, network_name: s
     else:
         named = {PEFT_PREFIX + name: value for name, value in layers.items()}
         settings["auto_mapping"] = {  # as peft itself tells what a LoRA is of
-            "base_model_class": type(network).__name__, "parent_library": type(network).__module__,
+            "base_model_class": plain_class(network).__name__, "parent_library": plain_class(network).__module__,
         }  # fmt: skip
         save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -3,6 +3,7 @@
     step-00000123/manifest.json       format, processes, versions, and the size and SHA-256 of every file
                   state.json, state.safetensors            what all processes share
                   process-0.json, process-0.safetensors    what each holds alone (the rollouts of an unfinished epoch)
+                  shards-0.json, shards-0.safetensors      each one's rows of what is shared in shards
                   lora/                                    the policy as the plain pipeline loads it
 
 Nothing is pickled. A file is believed when its hash agrees: safetensors itself reads a file whose second half is zero.
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowalign import __version__
+from flowalign import __version__, shards
 from flowalign.distributed import on_main, rank, together, world_size
 
 FORMAT = 1
@@ -78,6 +79,7 @@ def save(
     Raises: OSError on every process where one cannot write; what was there before is untouched then.
     """
     making, path = folder / f".making-{name}", folder / name
+    shared, held = shards.taken_out(shared)
 
     def finish() -> None:
         _write(making, shared, "state")
@@ -92,7 +94,7 @@ def save(
 
     try:
         on_main(lambda: _begin(folder, making))
-        together(lambda: _write(making, own, f"process-{rank()}") if own else None)
+        together(lambda: _write_own(making, own, held))
         on_main(finish)
     finally:
         if rank() == 0:
@@ -178,11 +180,16 @@ def _compare(path: Path, size: int, digest: str) -> str | None:
 def load(path: Path) -> tuple[Tree, list[Tree]]:
     """What all processes share, and what each of those that wrote it held; call `verify` first."""
     own = sorted(path.glob("process-*.json"))
-    return _read(path / "state"), [_read(one.with_suffix("")) for one in own]
+    return shards.put_back(_read(path / "state"), path), [_read(one.with_suffix("")) for one in own]
 
 
 def _read(stem: Path) -> Tree:
-    return unpack(json.loads(stem.with_suffix(".json").read_bytes()), load_file(stem.with_suffix(".safetensors")))
+    try:
+        return unpack(json.loads(stem.with_suffix(".json").read_bytes()), load_file(stem.with_suffix(".safetensors")))
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{stem}.json and .safetensors are none of FlowAlign's, though their hashes agree: {error}"
+        ) from error
 
 
 def _begin(folder: Path, making: Path) -> None:
@@ -204,6 +211,15 @@ def _write(folder: Path, tree: Tree, name: str) -> None:
     data, tensors = pack(tree)
     (folder / f"{name}.json").write_text(json.dumps(data))
     write_tensors(folder / f"{name}.safetensors", tensors)
+
+
+def _write_own(folder: Path, own: Tree, held: Mapping[str, tuple[Tensor, int]]) -> None:
+    """What this process holds alone, and its rows of what is in shards."""
+    if own:
+        _write(folder, own, f"process-{rank()}")
+    if held:
+        (folder / f"shards-{rank()}.json").write_text(shards.index_of(held))
+        write_tensors(folder / f"shards-{rank()}.safetensors", {name: rows for name, (rows, _) in held.items()})
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -46,6 +46,8 @@ that class. Options set or replace keys, at any depth:
   flowalign train flow_grpo/shapes --model.lora.rank 8 --folder runs/rank8
   flowalign train my.yaml --allow-code --reward my_rewards.brightness
 
+deterministic: true makes every kernel add in one order, so that a command repeats to the last bit on one machine.
+
 The same command goes on with a run that was stopped or killed, from its newest checkpoint. Ctrl-C, SIGTERM and SIGUSR1
 stop a run at its next safe point, with all saved. Several processes: torchrun, accelerate launch or srun, as in
 
@@ -78,7 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_train(commands)
     from flowalign import commands as others  # which import from here
-    from flowalign import doctor_command, optimize_command, prefer_command, slurm_command, soup_command
+    from flowalign import (
+        doctor_command,
+        eval_command,
+        export_command,
+        optimize_command,
+        prefer_command,
+        slurm_command,
+        soup_command,
+    )
 
     others.add_sample(commands)
     others.add_score(commands)
@@ -86,10 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     others.add_check(commands)
     others.add_serve(commands)
     optimize_command.add_optimize(commands)
+    eval_command.add_eval(commands)
     soup_command.add_soup(commands)
     prefer_command.add_prefer(commands)
     slurm_command.add_slurm(commands)
     doctor_command.add_doctor(commands)
+    export_command.add_export(commands)
     arguments, rest = parser.parse_known_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import warns of image processors that no one uses
     try:
@@ -99,13 +111,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _rank() == "0":  # all processes stop together
             say(str(stop) or "stopped")
         return 130 if getattr(stop, "number", signal.SIGINT) == signal.SIGINT else 0
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
         if arguments.debug:
             traceback.print_exc()
         hint = "" if arguments.debug or isinstance(error, ConfigError) else " (--debug shows where)"
-        say(f"error: {' '.join(str(error).split()) or type(error).__name__}{hint}")
+        say(f"error: {line}{hint}")
         return 2
     return 0
+
+
+def _one_line(error: Exception) -> str | None:
+    """What went wrong, where that is for the user to mend; None for a mistake of ours."""
+    if isinstance(error, ValueError | OSError):
+        return " ".join(str(error).split()) or type(error).__name__
+    from flowalign.user_errors import one_line
+
+    return one_line(error)
 
 
 def say(message: str) -> None:
@@ -151,16 +175,30 @@ def train(arguments: argparse.Namespace, words: list[str]) -> None:
     from flowalign import distributed
     from flowalign.interrupt import Stopped
 
+    config = {"trainer": call.path, **arguments_of(call), **start_deterministic(arguments, call)}
     check_files(call)
     distributed.start()
-    trainer: Trainer = construct(call)
     changes = tuple(arguments.allow_change)
     try:
-        trainer.train({"trainer": call.path, **arguments_of(call)}, resume=True, allow_change=changes)
+        with distributed.telling():
+            trainer: Trainer = construct(call)
+        trainer.train(config, resume=True, allow_change=changes)
     except Stopped:
         distributed.finish()  # all processes stop together; after any other error one may have gone
         raise
     distributed.finish()
+
+
+def start_deterministic(arguments: argparse.Namespace, call: Call) -> dict[str, bool]:
+    """Make this process deterministic where the config says so; returns what is recorded of that."""
+    if not arguments.deterministic:
+        return {}
+    from flowalign import determinism
+
+    determinism.start(arguments_of(call))
+    if _rank() == "0":
+        say(determinism.COST)
+    return {"deterministic": True}
 
 
 def check_files(call: Call) -> None:
@@ -193,7 +231,11 @@ def read_call(arguments: argparse.Namespace, words: list[str]) -> Call:
     options = read_options(words)
     path = find_config(arguments.config)
     try:
-        return parse_trainer(override(load_yaml(path), options), arguments.allow_code)
+        config = override(load_yaml(path), options)
+        arguments.deterministic = config.pop("deterministic", False)  # of the process, not of the trainer
+        if not isinstance(arguments.deterministic, bool):
+            raise ConfigError(f"deterministic: expected true or false, got {arguments.deterministic!r}")
+        return parse_trainer(config, arguments.allow_code)
     except ConfigError as error:
         raise ConfigError(f"{path}{' (with options)' if options else ''}: {error}") from error
 

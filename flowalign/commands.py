@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowalign.cli import add_allow_change, add_command, check_files, read_call, say
+from flowalign.cli import add_allow_change, add_command, check_files, read_call, say, start_deterministic
 from flowalign.config import Call, ConfigError, arguments_of, build, construct, locate, override, parse, read_options
 
 SAMPLE = """Sample pictures by the ODE, from noise that depends on the seed and the picture's number alone.
@@ -68,6 +68,7 @@ def add_sample(commands: Any) -> None:
 
 def sample(arguments: argparse.Namespace, words: list[str]) -> None:
     """Check everything, build the model, then write each picture as it is made, and a sheet of all of them."""
+    from flowalign import distributed
     from flowalign.sample import Request, save_pictures
 
     settings = Request(
@@ -75,7 +76,12 @@ def sample(arguments: argparse.Namespace, words: list[str]) -> None:
         arguments.guidance_scale, arguments.seed, arguments.batch_size, arguments.out, read_options(words),
         arguments.allow_code,
     )  # fmt: skip
-    print(save_pictures(settings))
+    distributed.start()
+    with distributed.telling():
+        made = save_pictures(settings)
+    if distributed.rank() == 0:
+        print(made)
+    distributed.finish()
 
 
 def add_report(commands: Any) -> None:
@@ -124,10 +130,10 @@ def check(arguments: argparse.Namespace, words: list[str]) -> None:
         raise ConfigError("check is one process: start it without a launcher, and give --processes N") from error
     if not isinstance(call.target, type) or not issubclass(call.target, Ours):
         raise ConfigError(f"{call.path} is no trainer of FlowAlign's, which are all that check knows")
+    config = {"trainer": call.path, **arguments_of(call), **start_deterministic(arguments, call)}
     check_files(call)
     say("building the trainer")
     trainer: Ours = construct(call)
-    config = {"trainer": call.path, **arguments_of(call)}
     out = arguments.out or trainer.folder.with_name(f"{trainer.folder.name}-check")
     found = inspect(trainer, out, config, arguments.processes, say, tuple(arguments.allow_change))
     print(page(found, config), flush=True)

@@ -117,6 +117,8 @@ def velocity_at(
             policy's velocity that it is compared with, so that rounding alone makes no difference between the two.
     """
 
+    check_recompute(model, recompute)
+
     def call(given: Tensor) -> Tensor:
         scale, both = policy.guidance_scale, policy.unconditional_grad
         with model.reference() if reference else nullcontext():
@@ -134,3 +136,12 @@ def velocity_at(
     # a network draws nothing at random, else no rollout could be replayed
     made: Tensor = checkpoint(call, latents, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
     return made
+
+
+def check_recompute(model: Model, recompute: bool) -> None:
+    """Raises: ValueError for a network in shards, all of which a step that is made anew as one would gather at once."""
+    if recompute and model.sharded:
+        raise ValueError(
+            "recompute makes a whole step anew in the backward pass, which would gather all of a network that "
+            "memory.shard has in parts; set recompute: false, and model.gradient_checkpointing: true instead"
+        )

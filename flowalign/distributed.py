@@ -11,18 +11,33 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from flowalign import watchdog
+
 MEETING = timedelta(minutes=5)
-TIMEOUT = timedelta(minutes=30)  # a rollout of the slowest process may take that long
+TIMEOUT = "FLOWALIGN_TIMEOUT"  # seconds that a process waits for the others, in the environment
+ENGINES = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+TRANSPORTS = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")  # in torch's messages
+PATIENCE = 600.0  # by default: processes meet at every micro-batch, so that it is of the slowest one
 
 
 class LostProcess(OSError):
     """Another process has gone; what it said is the reason."""
+
+
+class Waiting(Protocol):
+    """What every exchange with other processes waits for first; see `flowalign.meeting`."""
+
+    def wait(self) -> None: ...
+
+
+WAITED_FOR: list[Waiting] = []  # of the present process group, of which torch has one by default
 
 
 def start(environ: Mapping[str, str] = os.environ) -> None:
@@ -30,10 +45,17 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
 
     Under CUDA every process takes the device of its local rank.
 
-    Raises: ValueError where the launcher's variables do not tell where to meet.
+    Raises: ValueError where the launcher's variables do not tell where to meet, or ask for an engine that is not ours.
     """
     if dist.is_initialized():
         return
+    for variable, engine in ENGINES.items():
+        if environ.get(variable, "").lower() in ("true", "1"):
+            raise ValueError(
+                f"accelerate launch was configured for {engine}, which FlowAlign does not take from it (and accelerate "
+                "itself leaves out on a CPU without a word): launch with a config of plain processes, or torchrun, and "
+                "set model.memory.shard (--model.memory.shard {}), which shards the network with torch's FSDP2"
+            )
     rank, world, local = _places(environ)
     if world == 1:
         return
@@ -52,13 +74,27 @@ def start(environ: Mapping[str, str] = os.environ) -> None:
 def join(place: str, rank: int, world: int, backend: str = "gloo") -> None:
     """Meet the other processes at `tcp://host:port` or `file:///path`.
 
-    Raises: LostProcess where they do not all come within five minutes.
+    Raises: LostProcess where they do not all come within five minutes; ValueError for a patience that is no number.
     """
+    seconds = patience()
     try:
         store, _, _ = next(rendezvous(place, rank, world, timeout=MEETING))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
         raise LostProcess(f"the {world} processes did not meet at {place}: {str(error).splitlines()[0]}") from error
+    watchdog.start(store, rank, world, seconds)
+
+
+def patience(environ: Mapping[str, str] = os.environ) -> float:
+    """Seconds that a process waits for the others. Raises: ValueError where the environment gives no such number."""
+    text = environ.get(TIMEOUT, "")
+    try:
+        seconds = float(text or PATIENCE)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 1e6:
+        raise ValueError(f"{TIMEOUT} has to be a number of seconds, at least 1, got {text!r}")
+    return seconds
 
 
 def first_host(nodes: str) -> str:
@@ -90,7 +126,9 @@ def finish() -> None:
     if dist.is_initialized():
         with _peers():
             dist.barrier()
+        watchdog.stop()
         dist.destroy_process_group()
+        WAITED_FOR.clear()
 
 
 def world_size() -> int:
@@ -174,8 +212,42 @@ def together(action: Callable[[], None]) -> None:
 
 
 @contextmanager
+def telling() -> Iterator[None]:
+    """While entered, what this process fails with is noted for the others, whose next exchange then says it."""
+    try:
+        yield
+    except LostProcess:
+        raise  # another one's failure, which that one has noted
+    except Exception as error:
+        watchdog.failed(str(error) or type(error).__name__)
+        raise
+
+
+@contextmanager
 def _peers() -> Iterator[None]:
+    """Around an exchange of this module."""
+    for one in WAITED_FOR:
+        one.wait()
+    with answering():
+        yield
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Around an exchange with other processes. Raises: LostProcess where one has gone amid it."""
+    try:
+        with watchdog.doing(watchdog.WAITING):
+            yield
+    except RuntimeError as error:
+        raise LostProcess(watchdog.blamed(error)) from error
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """Around work in which processes exchange weights. Raises: LostProcess where that is what has failed."""
     try:
         yield
     except RuntimeError as error:
-        raise LostProcess("another process has gone or does not answer; its own message says why") from error
+        if isinstance(error, dist.DistError) or any(mark in str(error) for mark in TRANSPORTS):
+            raise LostProcess(watchdog.blamed(error)) from error
+        raise

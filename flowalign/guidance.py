@@ -30,6 +30,24 @@ Reward = Callable[[Tensor], Tensor]  # of denoised latents [b, *d], one number f
 
 
 @dataclass(frozen=True)
+class Flow:
+    """A model's guided velocity at a sigma, as a function of latents; and gradients through it."""
+
+    model: Model
+    sigma: float
+    condition: Condition
+    guidance_scale: float
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        scale = self.guidance_scale
+        return self.model.velocity_split(latents, self.sigma, self.condition, scale, unconditional_grad=True)
+
+    def slope(self, total: Tensor, at: Tensor) -> Tensor:
+        """Of a number, at latents that the velocity was had at."""
+        return self.model.slope(total, at)
+
+
+@dataclass(frozen=True)
 class Felt:
     """The guided velocity at some latents, the reward of what it denoises them to, and that reward's gradient."""
 
@@ -74,7 +92,8 @@ class Backpropagation:
             flow = velocity(x)
         with torch.enable_grad():
             values = reward(x - sigma * flow)
-            (gradient,) = torch.autograd.grad(values.sum(), x)
+            slope = velocity.slope if self.network and isinstance(velocity, Flow) else _slope
+            gradient = slope(values.sum(), x)
         return Felt(flow.detach(), values.detach(), gradient)
 
     def beside(self, rows: int) -> Rows:
@@ -82,6 +101,10 @@ class Backpropagation:
 
     def differentiates(self) -> bool:
         return True
+
+
+def _slope(total: Tensor, at: Tensor) -> Tensor:
+    return torch.autograd.grad(total, at)[0]
 
 
 @dataclass(frozen=True)
@@ -183,9 +206,6 @@ class Guide:
     ) -> Push:
         """Of a guided step at these latents; the velocity is that of `Model.velocity_split`, to the last bit."""
 
-        def velocity(x: Tensor) -> Tensor:
-            return model.velocity_split(x, interval.sigma, condition, guidance_scale, unconditional_grad=True)
-
         def reward(denoised: Tensor) -> Tensor:
             return self.reward(interval.index, denoised)
 
@@ -193,6 +213,7 @@ class Guide:
             return self.signs(interval.index, number)
 
         settings, sigma = self.settings, interval.sigma
+        velocity = Flow(model, sigma, condition, guidance_scale)
         with model.meter.phase("guidance"):
             if not settings.scale:
                 flow = velocity(latents)

@@ -24,6 +24,7 @@ from flowalign.adapters import POLICY, START, add_adapter
 from flowalign.models.memory import Memory, linear_layers
 from flowalign.models.pipeline import PipelineModel
 from flowalign.records import Condition
+from flowalign.sharding import plain_class
 
 ADAPTERS = (f".{POLICY}.", f".{START}.")
 BLOCK = 64  # numbers that share a scale in nf4
@@ -174,8 +175,9 @@ def _shadow(
     network: Any = model.module
     others = {name: getattr(model.pipeline, name) for name in model.beside}
     with torch.device("meta"):
-        made = type(network).from_config(network.config)
-        add_adapter(made, network.peft_config[POLICY], POLICY)
+        made = plain_class(network).from_config(network.config)
+        if not model.policy.whole:
+            add_adapter(made, network.peft_config[POLICY], POLICY)
         beside = {name: type(part).from_config(part.config) for name, part in others.items()}
     shadow = copy.copy(model)
     shadow.call, shadow.beside = made, beside
@@ -183,14 +185,14 @@ def _shadow(
         shadow.dtype, shadow._autocast = precision, None if precision == torch.float32 else precision
     with mode:
         for part in (made, *beside.values()):
-            _cast(part, shadow.dtype, model.device)
+            _cast(part, shadow.dtype, model.device, model.policy.whole and part is made)
     return shadow, [made, *beside.values()]
 
 
-def _cast(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Make all of a module's tensors fakes on a device: the policy in float32 and trained, the rest in the dtype."""
+def _cast(module: nn.Module, dtype: torch.dtype, device: torch.device, whole: bool = False) -> None:
+    """Make all of a module's tensors fakes: the policy, or all of it, in float32 and trained, else in the dtype."""
     for name, part in module.named_modules():
-        policy = f".{POLICY}" in name
+        policy = whole or f".{POLICY}" in name
         for own, value in part._parameters.items():
             if value is not None:
                 fake = torch.empty(value.shape, dtype=torch.float32 if policy else dtype, device=device)

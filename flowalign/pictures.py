@@ -57,7 +57,9 @@ def zipped(pixels: Iterable[UInt8[Tensor, "3 _ _"]], whole: int, films: Mapping[
 def unzipped(path: Path, count: int) -> list[Float[Tensor, "3 _ _"]]:
     """The first `count` pictures of such a file."""
     with zipfile.ZipFile(path) as file:
-        images = [Image.open(io.BytesIO(file.read(f"{i:05d}.png"))).convert("RGB") for i in range(count)]
+        images = [
+            Image.open(io.BytesIO(file.read(f"{i:05d}.png")), formats=["PNG"]).convert("RGB") for i in range(count)
+        ]
     return [torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255 for image in images]
 
 

@@ -7,6 +7,7 @@ samples are split over micro-batches or processes, and a resumed run needs no ge
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+_globals = threading.RLock()  # who holds it may set the global generators, which all threads share
 
 
 def key_generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
@@ -46,12 +49,13 @@ def keyed_globals(seed: int, purpose: str, *key: int) -> Iterator[None]:
     """While entered, the global generators of python, numpy and torch are functions of the key.
 
     For code of others that draws from them, a user's reward for one: its numbers then depend neither on how samples are
-    split over processes nor on what was drawn before, so that a resumed run needs no generator's state.
+    split over processes nor on what was drawn before, so that a resumed run needs no generator's state. One thread at a
+    time: another one that enters waits.
     """
     drawn = int(key_generator(seed, purpose, *key).integers(2**32))
-    before = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with _globals, torch.random.fork_rng(devices):
+        before = random.getstate(), np.random.get_state()
         random.seed(drawn)
         np.random.seed(drawn)
         torch.manual_seed(drawn)

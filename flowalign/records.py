@@ -47,7 +47,8 @@ class Condition:
 
     A mask is true where an embedding is a token's, and false where it is padding that the network does not attend to.
     Of a model that starts from a picture, `image` stands beside the latents, and `image_embeds` beside the prompt's.
-    `control` is the picture in [0, 1] that a ControlNet looks at.
+    `control` is the picture in [0, 1] that a ControlNet looks at. `source` is no such thing: latents at sigma 0 of the
+    picture that a rollout starts from, noised in part (`flowalign.models.editing`).
     """
 
     prompt_embeds: Float[Tensor, "b n d"]
@@ -59,6 +60,7 @@ class Condition:
     image: Float[Tensor, "b c *x"] | None = None
     image_embeds: Float[Tensor, "b m e"] | None = None
     control: Float[Tensor, "b 3 h w"] | None = None
+    source: Float[Tensor, b * source] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)

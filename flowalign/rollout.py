@@ -66,7 +66,7 @@ def rollout(
 
     Raises: ValueError where the path's length is not the grid's, or stochastic steps have no noise.
     """
-    latents = model.start(start_noise.float(), sigmas[0])
+    latents = model.start(start_noise.float(), sigmas[0], condition)
     walked = _walk(
         model, condition, latents, sigmas, path, policy, step_noise, members, rows_per_call, keep_path, guide
     )
@@ -139,7 +139,7 @@ def fan_out(
         step_noise: the noise of step i, `members` rows for each anchor, one after another.
         rows_per_call: the most rows in a network call that no one replays; None for all.
     """
-    latents, steps = model.start(start_noise.float(), sigmas[0]), list[Step]()
+    latents, steps = model.start(start_noise.float(), sigmas[0], condition), list[Step]()
     for interval in intervals(sigmas)[: path.stochastic[-1] + 1]:
         if interval.index in path.stochastic:
             transition, noise = path.transitions[interval.index], step_noise(interval.index)

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.config import ConfigError, build, load_yaml, override, read_options
+from flowalign.distributed import agree, on_main, rank, share, world_size
+from flowalign.media import load
 from flowalign.models import Model, family_of
 from flowalign.models.loading import pipeline_class, settings_of
 from flowalign.pictures import grid, to_bytes, to_images
@@ -25,6 +27,7 @@ from flowalign.sizes import Call, calls_of
 from flowalign.tracking import write_atomically
 from flowalign.transitions import ODE
 from flowalign.videos import check_writable, mp4, stills
+from flowalign.whole import is_network, weights_in
 
 
 def start_noise(model: Model, seed: int, purpose: str, index: Sequence[int]) -> Float[Tensor, b * d]:
@@ -55,7 +58,7 @@ def pictures(
             condition = model.condition(told)
             path, policy = Path((ODE(),) * steps), Policy(guidance_scale)
             latents = rollout(model, condition, latents, model.sigmas(steps), path, policy).latents
-            pixels = model.decode(latents)
+            pixels = model.decode_rows(latents, len(latents))
         yield pixels
 
 
@@ -105,25 +108,37 @@ def save_pictures(request: Request) -> FilePath:
         raise ValueError("--base and --lora exclude each other")
     if request.batch_size < 1 or (request.steps is not None and request.steps < 1):
         raise ValueError("--steps and --batch-size must be at least 1")
-    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        raise ValueError(f"{request.out} is in use; name another folder with --out")
+    on_main(lambda: _check_out(request.out))
     config = override(config_of(request), request.options)
     model: Model = build(_model_of, {"model": config["model"]}, request.allow_code)
     steps, scale = steps_and_guidance(request, config)
     if model.fps is not None:
         check_writable()
     calls = calls_of(model, prompts, request.batch_size)
-    request.out.mkdir(parents=True, exist_ok=True)
-    progress = Progress(len(calls))
+    on_main(lambda: request.out.mkdir(parents=True, exist_ok=True))
+    mine = share(len(calls), rank(), world_size())
+    own = calls[mine.start : mine.stop]
+    progress = Progress(len(own))
     made: dict[int, Tensor] = {}
-    drawn = pictures(model, prompts, steps, scale, request.seed, calls=calls)
-    for call, pixels in zip(calls, drawn, strict=True):
+    drawn = pictures(model, prompts, steps, scale, request.seed, calls=own)
+    for call, pixels in zip(own, drawn, strict=True):
         _save(request.out, call, pixels, model.fps)
         made |= zip(call.rows, stills(pixels).cpu(), strict=True)
         progress.update(len(pixels), {})
     progress.close()
-    write_atomically(request.out / "grid.png", grid([made[i] for i in sorted(made)], prompts.text))
+    agree(None)  # all pictures are there
+
+    def sheet() -> None:
+        every = [made[i] if i in made else load(request.out / f"{i:04d}.png")[0] for i in range(len(prompts))]
+        write_atomically(request.out / "grid.png", grid(every, prompts.text))
+
+    on_main(sheet)
     return request.out / "grid.png"
+
+
+def _check_out(out: FilePath) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is in use; name another folder with --out")
 
 
 def _save(out: FilePath, call: Call, pixels: Float[Tensor, "b *frames 3 h w"], fps: float | None) -> None:
@@ -147,7 +162,7 @@ def config_of(request: Request) -> dict[str, Any]:
         if not isinstance(config.get("model"), dict):
             raise ConfigError(f"{run / 'config.yaml'} names no model; name its pipeline, and --lora {run / 'lora'}")
         if lora is None and not request.base:
-            lora = str(run / "lora")
+            lora = str(weights_in(run))
     else:
         family = family_of(pipeline_class(request.target))
         settings = {"pipeline": request.target, **settings_of(request.target)}
@@ -157,7 +172,8 @@ def config_of(request: Request) -> dict[str, Any]:
     if lora is not None:
         if not FilePath(lora).exists():
             raise ValueError(f"{lora} does not exist; --lora takes a folder or file of LoRA weights")
-        config["model"]["lora"] = {"start": lora}
+        whole = is_network(FilePath(lora))
+        config["model"]["lora"] = {"class": "flowalign.whole.Full", "start": lora} if whole else {"start": lora}
     return config
 
 

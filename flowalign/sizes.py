@@ -20,8 +20,9 @@ class Call:
 def calls_of(model: Model, prompts: Prompts, rows_per_call: int) -> list[Call]:
     """All prompts, at most so many of one size together, in order: first the size of the first one.
 
-    Raises: ValueError for a size that the model cannot make.
+    Raises: ValueError for a size that the model cannot make, and where a prompt lacks the picture that it starts from.
     """
+    model.check_prompts(prompts)
     sizes = [model.media_size(Size.of(row)) for row in prompts.metadata]
     found = []
     for size in dict.fromkeys(sizes):

@@ -49,8 +49,8 @@ while kill -0 "$step" 2> /dev/null; do  # a signal ends a wait
     code=$?
 done
 
-# Back into the queue where the run was stopped before it was done, or was still starting when its time was up; not where
-# it has failed, nor where somebody has cancelled the job.
+# Back into the queue where the run was stopped before it was done, or was still starting when its time was up; not
+# where it has failed, nor where somebody has cancelled the job.
 state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
 again=
 [ -e "$run/PREEMPTED" ] && again=yes

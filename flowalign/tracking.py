@@ -70,9 +70,17 @@ class Run:
             path.unlink()  # what a kill has left half-written
         for name in LOGS:
             self._logs[name] = (self.folder / name).open("a", encoding="utf-8")
-        write_atomically(self.folder / "environment.json", json.dumps(environment(), indent=1).encode())
+        self._note_environment()
         if config is not None:
             self.configure(config)
+
+    def _note_environment(self) -> None:
+        """Write down what a result depends on besides the config; of a run that goes on, tell what has changed."""
+        path, present = self.folder / "environment.json", environment()
+        for line in drift(path, present):
+            self.note("environment", line)
+            print(f"flowalign: {line}", file=sys.stderr, flush=True)
+        write_atomically(path, json.dumps(present, indent=1).encode())
 
     def configure(self, config: Mapping[str, Any]) -> None:
         """Write the config and hand it to the trackers."""
@@ -173,6 +181,20 @@ def environment() -> dict[str, Any]:
         "processes": world_size(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"],
     }
+
+
+def drift(path: Path, present: Mapping[str, Any]) -> list[str]:
+    """A line where a run was made with other libraries, or on another machine, than it is to go on with; else none."""
+    if not path.is_file():
+        return []
+    try:
+        known = json.loads(path.read_bytes())
+        other = [f"{name} {known[name]} then, {present[name]} now" for name in known if known[name] != present[name]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return [f"{path} cannot be read: whether the run goes on with what it was made with is not known"]
+    if not other:
+        return []
+    return [f"the run goes on with something else than it was made with, so not to the last bit: {'; '.join(other)}"]
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -38,11 +38,14 @@ from rewards.local_vlm import LocalVLM
 from rewards.move import Position, Resize, Translation
 from rewards.mps import MPS
 from rewards.mtcnn import MTCNN
+from rewards.object_edit import ObjectEdit
 from rewards.ocr import OCR
 from rewards.openclip import OpenCLIPScore
 from rewards.pickscore import PickScore
 from rewards.pixelwise import DepthConsistency, SegmentConsistency
+from rewards.placed import OnDevice
 from rewards.preference import LearntReward, Pair
+from rewards.process import OwnProcess
 from rewards.remote import RemoteReward
 from rewards.sets import MMD, CLIPEmbedder, FrechetDistance, VendiScore
 from rewards.shapes import ShapesVerifier
@@ -101,8 +104,11 @@ __all__ = [
     "MeanMinusStd",
     "Minimum",
     "Normalise",
+    "ObjectEdit",
+    "OnDevice",
     "OnFrames",
     "OpenCLIPScore",
+    "OwnProcess",
     "Pair",
     "PairJudge",
     "PairwiseWinRate",

@@ -10,12 +10,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from flowalign.config.paths import OUTSIDE, names_code
+from flowalign.out_of_memory import ADVICE, CallSize
 from flowalign.records import Media, Prompts, Scores
 
 
@@ -40,11 +43,13 @@ class Reward(ABC):
 
     A new reward writes `score`; a reward is used by calling it, which checks what goes in and what comes out.
 
-    name: of its part in the scores. differentiable: whether scores carry a gradient to the pixels.
+    name: of its part in the scores. differentiable: whether scores carry a gradient to the pixels. ahead: calls under
+    way meanwhile, in threads, where a reward computes elsewhere; with more than one it draws no random number here.
     """
 
     name: str
     differentiable: bool = False
+    ahead: int = 0
     card: Card = Card()
 
     @abstractmethod
@@ -61,18 +66,27 @@ class Reward(ABC):
         is no gradient, and for samples of groups without their group's numbers.
         """
         self._check(media, prompts, grad)
-        size = len(media) if chunk is None or self.card.scope != "sample" else chunk
         with torch.set_grad_enabled(grad):
-            parts = [self._part(media, prompts, start, size) for start in range(0, len(media), max(size, 1))]
+            parts = self._parts(media, prompts, grad, chunk or len(media))
         scores = join_scores(parts) if parts else Scores(torch.zeros(0), {}, torch.zeros(0, dtype=torch.bool))
         total = scores.total.float()
         return replace(scores, total=total, valid=scores.valid & total.detach().isfinite())
 
-    def _part(self, media: Media, prompts: Prompts, start: int, size: int) -> Scores:
-        if size >= len(media):
-            return self.score(media, prompts)
-        index = [*range(start, min(start + size, len(media)))]
-        return self.score(media.rows(index), prompts.rows(index))
+    @cached_property
+    def call_size(self) -> CallSize:
+        """How many media are scored at once, once memory has run out."""
+        return CallSize(f"scoring by {self.name}", ADVICE["reward"])
+
+    def _parts(self, media: Media, prompts: Prompts, grad: bool, chunk: int) -> list[Scores]:
+        count, alone = len(media), self.card.scope == "sample"
+
+        def some(at: range) -> Scores:
+            return self.score(*(media, prompts) if len(at) == count else (media.rows([*at]), prompts.rows(at)))
+
+        if alone and not grad:
+            return self.call_size.apart(count, chunk, some)
+        size = max(chunk if alone else count, 1)
+        return [some(range(start, min(start + size, count))) for start in range(0, count, size)]
 
     def _check(self, media: Media, prompts: Prompts, grad: bool) -> None:
         name, card = type(self).__name__, self.card
@@ -124,8 +138,7 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
 
 def joint_card(rewards: Sequence[Reward]) -> Card:
     """The card of a combination: it looks at what its terms look at, and at as many samples as the widest of them."""
-    scopes = ("sample", "group", "set")
-    widest = max((reward.card.scope for reward in rewards), key=scopes.index)
+    widest = max((reward.card.scope for reward in rewards), key=("sample", "group", "set").index)
     kinds = {reward.card.modality for reward in rewards} - {"any"}
     return Card(modality=kinds.pop() if len(kinds) == 1 else "any", scope=widest)
 
@@ -144,6 +157,7 @@ class Combination(Reward):
             raise ValueError(f"{type(self).__name__} needs at least one reward")
         self.rewards = tuple(rewards)
         self.differentiable = all(reward.differentiable for reward in rewards)
+        self.ahead = min(reward.ahead for reward in rewards)
         self.card = joint_card(rewards)
 
 
@@ -287,6 +301,8 @@ def as_reward(reward: Reward | Callable[..., Any] | str) -> Reward:
         try:
             return parse_reward(reward)
         except ExpressionError as error:
+            if names_code(reward):
+                raise ValueError(f"{reward} is code {OUTSIDE}") from error
             raise ValueError(f"{what}: {error}") from error
     if isinstance(reward, type) or not callable(reward):
         raise ValueError(f"{what}, got {reward!r}")

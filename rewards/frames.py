@@ -71,7 +71,7 @@ class OnFrames(Reward):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.reward, self.frames, self.sampling, self.attenuation = reward, frames, sampling, float(attenuation)
         self.reduce, self.seed, self.batch_size = reduce, seed, batch_size
-        self.name, self.differentiable = reward.name, reward.differentiable
+        self.name, self.differentiable, self.ahead = reward.name, reward.differentiable, reward.ahead
         self.card = replace(reward.card, modality="video")
 
     def score(self, media: Media, prompts: Prompts) -> Scores:

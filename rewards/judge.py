@@ -53,6 +53,7 @@ class Asker(Reward):
     def __init__(self, endpoint: Endpoint | Chat, name: str) -> None:
         self.endpoint, self.chat, self.name = endpoint, chat(endpoint), name
         self.to = self.chat.to if isinstance(self.chat, Served) else None
+        self.ahead = int(isinstance(self.chat, Served))
         self.failures: deque[Failure] = deque(maxlen=MAX_FAILURES)
 
     def _check(self, media: Media, prompts: Prompts, grad: bool) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from rewards.towers import check_names, read_weights
+from rewards.towers import check_names, read_weights, refusal
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
@@ -173,8 +173,7 @@ def read_module(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(stand_ins):
             held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler's own kinds
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be read as a module's weights: {reason}") from error
+        raise ValueError(f"{path} cannot be read as a module's weights: {refusal(error)}") from error
     if not isinstance(held, Inert):
         raise ValueError(f"{path} holds neither a module nor tensors by name alone, as weights of MPS do")
     return dict(module_tensors(held, ""))

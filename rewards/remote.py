@@ -33,7 +33,7 @@ class RemoteReward(Reward):
         budget: seconds for one batch, its waiting and its retries included.
         retries: after errors of the connection and 5xx; a busy server is asked again as long as the budget lasts.
         batch_size: media per request; groups stay whole where the scope is "group".
-        in_flight: requests under way at once.
+        in_flight: requests under way at once, and micro-batches of a trainer that may wait for their scores.
         name: of the score among the parts; those that the server names are kept beside it.
         exact: send float32 in place of PNGs of 8 bits, which round to the nearest 1 / 255 and are a tenth as large.
         scope: what one score depends on, as the served reward's card says.
@@ -61,6 +61,7 @@ class RemoteReward(Reward):
         key = read_secret(token_file, "token_file") if token_file else ""
         self.to = address("reward server", url.removesuffix("/compute"), key, float(budget), retries)
         self.batch_size, self.in_flight, self.exact = batch_size, in_flight, exact
+        self.ahead, self._slots = in_flight, threading.Semaphore(in_flight)  # which the threads of all calls share
         self.name, self.weights, self._checked = name, weights, not weights
         self.card = Card(weights=f"{self.to}", licence="that of the served reward", modality="any", scope=scope)
 
@@ -78,7 +79,8 @@ class RemoteReward(Reward):
     def _ask(self, media: Media, prompts: Prompts, index: list[int], stop: threading.Event) -> Scores:
         name = uuid.uuid4().hex
         body = encode_request(Request(media.rows(index), prompts.rows(index), name), self.exact)
-        answer = ask(self.to, "/compute", body, stop)
+        with self._slots:
+            answer = ask(self.to, "/compute", body, stop)
         try:
             return decode_scores(answer, len(index), self.name, name)
         except ValueError as error:

@@ -200,17 +200,18 @@ def read_reward(text: str, allow_code: bool = False) -> Reward:
     Raises: ValueError
     """
     if not text.endswith((".yaml", ".yml")):
-        return _made(text, allow_code)
+        return make_reward(text, allow_code)
     config = load_yaml(Path(text))
     if "class" not in config and "reward" not in config:
         raise ConfigError(f"{text}: expected 'class: dotted.path' and its arguments, or the key 'reward'")
     try:
-        return _made(config if "class" in config else config["reward"], allow_code)
+        return make_reward(config if "class" in config else config["reward"], allow_code)
     except ValueError as error:
         raise ConfigError(f"{text}: {error}") from error
 
 
-def _made(named: Any, allow_code: bool) -> Reward:
+def make_reward(named: Any, allow_code: bool = False) -> Reward:
+    """The reward of a dotted path, an expression, or a class with its arguments. Raises: ValueError"""
     if isinstance(named, str) and not re.fullmatch(r"\w+(\.\w+)+", named):
         return as_reward(named)
     reward: Reward = build(_served, {"reward": named}, allow_code)

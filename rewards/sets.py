@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
+from flowalign.media import load
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward, simple_scores
 from rewards.clip import CLIPScore
@@ -262,8 +261,7 @@ def folder_pictures(folder: Path) -> Iterator[Float[Tensor, "1 3 h w"]]:
     if not found:
         raise ValueError(f"{folder} is no folder with pictures ({', '.join(PICTURES)})")
     for file in found:
-        with Image.open(file) as image:
-            yield torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)[None] / 255
+        yield load(file)[0][None]
 
 
 def downdated(values: Float[Tensor, " r"], rows: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:

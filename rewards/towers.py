@@ -218,12 +218,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # the readers' own kinds, which have nothing in common
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+        raise ValueError(f"{path} cannot be read as weights: {refusal(error)}") from error
     state = held.get("state_dict", held) if isinstance(held, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors by name, neither at its top nor under 'state_dict'")
     return dict(state)
+
+
+def refusal(error: Exception) -> str:
+    """Why a reader of weights refuses a file, without its advice on how to run what is in it all the same."""
+    reason = str(error).strip().split("\n")[0]
+    if reason.startswith("Weights only load failed"):
+        return "it holds pickled objects that are no tensors, which are never run"
+    return reason
 
 
 def check_names(source: object, found: Iterable[str], wanted: Iterable[str]) -> None:

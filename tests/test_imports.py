@@ -20,13 +20,17 @@ TOP = (
     "flowalign/cli.py",
     "flowalign/commands.py",
     "flowalign/optimize_command.py",
+    "flowalign/eval_command.py",
     "flowalign/soup_command.py",
     "flowalign/prefer_command.py",
+    "flowalign/export_command.py",
+    "flowalign/doctor_command.py",
+    "flowalign/slurm_command.py",
     "flowalign/__main__.py",
     "flowalign/evaluation/",
 )
 OPTIONAL = ("torchvision", "open_clip", "timm", "bitsandbytes", "torchao", "xformers", "deepspeed", "rapidocr")
-OPTIONAL += ("fastapi", "starlette", "uvicorn", "httpx", "av", "ftfy", "pyarrow", "datasets")
+OPTIONAL += ("fastapi", "starlette", "uvicorn", "httpx", "av", "ftfy", "pyarrow", "datasets", "torch_fidelity")
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 UNSAFE_CALLS = (
     "yaml.load",

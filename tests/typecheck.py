@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from types import FunctionType
@@ -16,8 +17,11 @@ from typing import Any, get_args, get_type_hints
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
+from beartype._check.code import codemain
 from jaxtyping import AbstractArray
 
+# It looks at one item of a list, by python's global generator; with one of its own, that stays the code's under test.
+vars(codemain)["getrandbits"] = random.Random(0).getrandbits
 # As for static checkers, an int will do where a float is asked for.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 scope = jaxtyping.jaxtyped

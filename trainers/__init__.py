@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainers.active_steps import ActiveSteps
 from trainers.awm import AWM
 from trainers.batch import Sampling
 from trainers.best_of_n import BestOfN
@@ -31,6 +32,7 @@ from trainers.resampling import Balanced, BestAndWorst, DropEqual, HasSpread, Re
 from trainers.reward_model import RewardFit
 from trainers.reward_run import RewardModel
 from trainers.supervised import Supervised
+from trainers.talk2move import Talk2Move
 from trainers.tree_grpo import TreeGRPO
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "G2RPO",
     "IPRO",
     "RAFT",
+    "ActiveSteps",
     "Balanced",
     "BandCoefficient",
     "BestAndWorst",
@@ -75,6 +78,7 @@ __all__ = [
     "Sampling",
     "StratifiedTimes",
     "Supervised",
+    "Talk2Move",
     "TreeGRPO",
     "UniformTimes",
 ]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diffusers import DiffusionPipeline
 
 from flowalign.accounting import Rows
-from flowalign.distributed import check_started, on_main, world_size
+from flowalign.distributed import check_started, on_main, telling, world_size
 from flowalign.interrupt import StopRequest
 from flowalign.models import as_model
 from flowalign.models.base import Model
@@ -29,11 +29,14 @@ from flowalign.schedules import Path
 from flowalign.tracking import Run, TrackerName
 from rewards.algebra import running_normalisers
 from rewards.base import Reward, as_reward
+from rewards.process import ending
 from trainers.batch import Sampling
 from trainers.collection import Collection, Epoch
 from trainers.evaluation import Asked, Evaluation, Evaluator
 from trainers.keeper import Checkpoints, Keeper
+from trainers.named_files import LOOKED_AT
 from trainers.optim import Optimizer, PolicyOptimizer
+from trainers.overlap import fill
 from trainers.resampling import grown
 from trainers.state import Collected, State
 
@@ -78,10 +81,11 @@ class Trainer(ABC):
         self.folder, self.on_invalid, self.log_with = FilePath(folder), on_invalid, tuple(log_with)
         self.collection = self.collector(self.reward)
         self.evaluator = Evaluator(self.model, self.reward, evaluation, sampling, seed)
-        self.optimizer = PolicyOptimizer(self.model.trainable(), optimizer, self.model.scale_loss)
+        model = self.model
+        self.optimizer = PolicyOptimizer(model.trainable(), optimizer, model.scale_loss, model.backward)
+        self.state, self.stop = State(), StopRequest()
+        model.keep(*self.looks_back(), lambda: self.state.older)
         self.normalisers = running_normalisers(self.reward)
-        self.state = State()
-        self.stop = StopRequest()
         self._check()
 
     @abstractmethod
@@ -142,6 +146,10 @@ class Trainer(ABC):
         """Whether the loss reads the reference model; its pass is left out otherwise."""
         return False
 
+    def looks_back(self) -> tuple[bool, bool]:
+        """Whether what the run starts from, and the record's older policy, are ever called: see `Model.keep`."""
+        return self.needs_reference(), False
+
     def watched(self) -> tuple[str, ...]:
         """The names of the numbers of each sample to log the mean of."""
         return ()
@@ -159,6 +167,7 @@ class Trainer(ABC):
         return ()
 
     def _check(self) -> None:
+        self.model.check_prompts(self.prompts.some(LOOKED_AT))
         most = self.most_updates()
         if not 1 <= self.updates_per_epoch <= most:
             raise ValueError(
@@ -180,22 +189,13 @@ class Trainer(ABC):
             )
 
     def fill(self, epoch: Epoch, keeper: Keeper | None, clean: bool = False) -> list[Collected]:
-        """This process's micro-batches of rollouts, of which those that `state.buffer` does not have are made.
+        """This process's micro-batches of rollouts; see `trainers.overlap.fill`."""
+        return fill(self, epoch, keeper, clean)
 
-        Args:
-            clean: as of `Collection.collect`.
-        """
-        mine, buffer = self.mine(epoch), self.state.buffer
-        held = [self.collection.shares(epoch, process) for process in range(world_size())]
-        turns = max(sum(map(len, each)) for each in held)
-        for turn in range(turns):
-            if keeper is not None and not self.state.part:
-                keeper.poll("rollout", turn, turns)
-            if turn < len(mine) and mine[turn] not in buffer:
-                with self.sampler():
-                    buffer[mine[turn]] = self.collection.collect(epoch, mine[turn], clean)
-                self.state.spend(self.model.meter)
-        return [buffer[index] for index in mine]
+    def ahead(self) -> int:
+        """Micro-batches that may wait for their scores while others are rolled out."""
+        asked = self.sampling.overlap
+        return self.reward.ahead if asked is None else asked
 
     @property
     def sigmas(self) -> list[float]:
@@ -220,7 +220,8 @@ class Trainer(ABC):
 
         Raises: Stopped where a signal asked for it, all being saved; ValueError for a folder of another run.
         """
-        with self.stop, Run(self.folder, resume=resume, log_with=self.log_with) as run:
+        ended = ending(*vars(self).values(), self.evaluator.reward)
+        with ended, telling(), self.stop, Run(self.folder, resume=resume, log_with=self.log_with) as run:
             keeper = Keeper(self, run, config, self.checkpoints)
             keeper.resume(allow_change)
             run.note("start", f"epoch {self.state.epoch} of {self.epochs} on {world_size()} processes")

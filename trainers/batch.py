@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from flowalign.models.base import Model
 from flowalign.randomness import key_generator
-from flowalign.records import Condition, Scores, Size, Step
+from flowalign.records import Condition, Scores, Size, Step, join_steps
 from flowalign.schedules import Deterministic, Path, Plan
+from trainers.state import Collected
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Sampling:
     batch_size: rows of a network call that is trained on: samples, or whole groups where the plan fans a group out.
     rows_per_call: most rows of a call that is not trained on, and of a decode.
     steps, guidance_scale, plan: of the rollout.
+    overlap: micro-batches that may wait for their scores while others are rolled out, 0 for none; None for as many as
+        the reward says (`Reward.ahead`), which is none where it computes in this process. It changes no number.
     """
 
     plan: Plan = Deterministic()
@@ -34,11 +38,14 @@ class Sampling:
     rows_per_call: int = 64
     steps: int = 10
     guidance_scale: float = 4.5
+    overlap: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("groups", "group_size", "batch_size", "rows_per_call", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampling.{name} must be at least 1, got {getattr(self, name)}")
+        if self.overlap is not None and self.overlap < 0:
+            raise ValueError(f"sampling.overlap must be at least 0, got {self.overlap}")
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,26 @@ def in_buckets(
         own = distinct[one[1]] if len(distinct) > 1 else None
         buckets.append(Bucket(order[one[0]], range(start * rows, len(sorted_) * rows), own))
     return tuple(sorted_), tuple(buckets)
+
+
+def rows_of_step(step: Step, kept: int, rows: int) -> Step:
+    """A step of the first `kept` of so many rows, with all that have come of them until then or will come of it."""
+    return step.rows(torch.arange(kept * len(step.latents) // rows))
+
+
+def no_steps(path: Path) -> tuple[int, ...]:
+    """None: of a loss that reads no step's density."""
+    return ()
+
+
+def join_steps_of(parts: Sequence[Collected]) -> tuple[Step, ...]:
+    """The steps of several micro-batches, rows in order; those of one size and path after another's."""
+
+    def kinds(part: Collected) -> list[tuple[int, torch.Size]]:
+        return [(step.interval.index, step.latents.shape[1:]) for step in part.steps]
+
+    alike = [[*same] for _, same in groupby(parts, kinds)]
+    return tuple(join_steps(same) for one in alike for same in zip(*(part.steps for part in one), strict=True))
 
 
 def detached(scores: Scores) -> Scores:

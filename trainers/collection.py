@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -19,13 +19,14 @@ from flowalign.guidance import Guide
 from flowalign.media import real_media, shown
 from flowalign.models.base import Model
 from flowalign.prompts import epoch_prompts
-from flowalign.randomness import key_noise, keyed_globals
-from flowalign.records import Condition, Prompts, PromptSet, Scores, Size, Step, Trajectory, join_steps
+from flowalign.randomness import key_noise
+from flowalign.records import Condition, Prompts, PromptSet, Scores, Size, Trajectory
 from flowalign.rollout import Policy, rollout
 from flowalign.schedules import Path
 from flowalign.windows import PromptPlan, path_of
 from rewards.base import Reward
-from trainers.batch import Bucket, Sampling, detached, in_buckets
+from trainers.batch import Bucket, Sampling, detached, in_buckets, rows_of_step
+from trainers.overlap import Ask, Asked, Later, at_once, drawing
 from trainers.state import Collected
 
 
@@ -168,14 +169,19 @@ class Collection:
         return self.told(epoch.prompts).rows([epoch.rows[row][0] for row in rows])
 
     def collect(self, epoch: Epoch, index: int, clean: bool = False) -> Collected:
-        """One micro-batch, padded to the shape of the others so that its replay can have it too.
+        """One micro-batch, rolled out and scored; arguments are those of `begin`."""
+        return self.begin(epoch, index, at_once(self.model.meter), clean)()
+
+    def begin(self, epoch: Epoch, index: int, ask: Ask, clean: bool = False) -> Callable[[], Collected]:
+        """Roll out one micro-batch, padded to the shape of the others so that its replay can have it too.
 
         Args:
+            ask: has rewards asked, now or beside what follows; what is returned waits for their answers.
             clean: keep the latents that it ends at, instead of its stochastic steps.
         """
         bucket = epoch.bucket_of(self.rows_of(epoch, range(index, index + 1)).start)
         with self.model.sized(bucket.size):
-            return self._collect(epoch, index, epoch.path_of(bucket), self.grids[bucket.size], clean)
+            return self._begin(epoch, index, epoch.path_of(bucket), self.grids[bucket.size], ask, clean)
 
     def draw(self, epoch: Epoch, rows: Sequence[int]) -> Draw:
         """What rows of one bucket are drawn from, its size being the model's; a row may come more than once."""
@@ -207,19 +213,19 @@ class Collection:
         shape = self.model.latent_shape
         return torch.stack([key_noise(self.seed, purpose, epoch.number, g, m, number, shape=shape) for g, m in samples])
 
-    def _collect(self, epoch: Epoch, index: int, path: Path, sigmas: list[float], clean: bool) -> Collected:
-        rows, members = [*self.rows_of(epoch, range(index, index + 1))], epoch.members
+    def _begin(
+        self, epoch: Epoch, index: int, path: Path, sigmas: list[float], ask: Ask, clean: bool
+    ) -> Callable[[], Collected]:
+        rows, members, device = [*self.rows_of(epoch, range(index, index + 1))], epoch.members, self.model.steps_device
         padded = rows + [rows[-1]] * (self.sampling.batch_size - len(rows))
         with self.model.meter.phase("rollout"):
             draw = self.draw(epoch, padded)
             made = self.roll(epoch, index, path, draw, sigmas)
         kept = len(rows) * members
-        scores = self.score(epoch, index, draw, made, kept)
-        if clean:
-            return Collected((), scores, made.latents[:kept].to(self.model.steps_device))
-        steps = [rows_of_step(step, len(rows), len(padded)).to(self.model.steps_device) for step in made.steps]
-        ends = made.latents[:kept].to(self.model.steps_device) if self.keep_latents else None
-        return Collected(tuple(steps), scores, ends)
+        scores = self.score(epoch, index, draw, made, kept, ask)
+        steps = [] if clean else [rows_of_step(step, len(rows), len(padded)).to(device) for step in made.steps]
+        ends = made.latents[:kept].to(device) if clean or self.keep_latents else None
+        return lambda: Collected(tuple(steps), scores(), ends)
 
     def roll(self, epoch: Epoch, index: int, path: Path, draw: Draw, sigmas: list[float]) -> Trajectory:
         """The rollouts of a micro-batch, padding included."""
@@ -241,20 +247,25 @@ class Collection:
         """What moves a micro-batch's steps on its way; nothing by default."""
         return None
 
-    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int) -> Scores:
+    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int, ask: Ask) -> Later:
         """Of the first so many samples of a micro-batch; the others are padding."""
-        pixels, told = self.decode(made.latents[:kept]), draw.told.rows(range(kept))
-        with self.model.meter.phase("reward"), keyed_globals(self.seed, "reward", epoch.number, index):
-            return detached(self.reward(shown(pixels, told, self.model.fps), told))
+        told = draw.told.rows(range(kept))
+        return self.judged(self.reward, made.latents[:kept], told, ask, "reward", epoch.number, index)
 
-    @torch.no_grad()
+    def judged(self, reward: Reward, latents: Tensor, told: Prompts, ask: Ask, purpose: str, *key: int) -> Later:
+        """Scores of latents, decoded here and now; what the reward draws is keyed by purpose and key."""
+        pixels = self.decode(latents)
+
+        def work() -> Scores:
+            with drawing(reward, self.seed, purpose, *key):
+                return detached(reward(shown(pixels, told, self.model.fps), told))
+
+        return ask(Asked.about(told, purpose, *key), work)
+
     def decode(self, latents: Tensor) -> Float[Tensor, "b *frames 3 h w"]:
         """Pictures of latents, `rows_per_call` at a time."""
         with self.model.meter.phase("decode"):
-            parts = latents.split(self.sampling.rows_per_call)
-            for _ in parts:
-                self.model.meter.count("decode")
-            return torch.cat([self.model.decode(part) for part in parts])
+            return self.model.decode_rows(latents, self.sampling.rows_per_call)
 
     def needed(self, epoch: Epoch, trained: Callable[[Path], Sequence[int]], reference: bool) -> Rows:
         """The fewest network rows that the epoch's rollouts and its update can do with.
@@ -281,23 +292,3 @@ class Collection:
     def media(self, epoch: Epoch) -> int:
         """How many pictures or videos of the epoch are decoded and scored, by default each sample's."""
         return len(epoch.rows) * epoch.members
-
-
-def rows_of_step(step: Step, kept: int, rows: int) -> Step:
-    """A step of the first `kept` of so many rows, with all that have come of them until then or will come of it."""
-    return step.rows(torch.arange(kept * len(step.latents) // rows))
-
-
-def no_steps(path: Path) -> tuple[int, ...]:
-    """None: of a loss that reads no step's density."""
-    return ()
-
-
-def join_steps_of(parts: Sequence[Collected]) -> tuple[Step, ...]:
-    """The steps of several micro-batches, rows in order; those of one size and path after another's."""
-
-    def kinds(part: Collected) -> list[tuple[int, torch.Size]]:
-        return [(step.interval.index, step.latents.shape[1:]) for step in part.steps]
-
-    alike = [[*same] for _, same in groupby(parts, kinds)]
-    return tuple(join_steps(same) for one in alike for same in zip(*(part.steps for part in one), strict=True))

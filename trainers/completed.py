@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,17 +11,16 @@ from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.completions import complete, completion_points
-from flowalign.media import shown
 from flowalign.models.base import Model
-from flowalign.randomness import keyed_globals
 from flowalign.records import Prompts, PromptSet, Scores, Trajectory
 from flowalign.rollout import Policy
 from flowalign.schedules import Path
 from flowalign.transitions import TableSDE
 from rewards.base import Reward, join_scores
 from rewards.terms import PREFIX as TERM
-from trainers.batch import Sampling, detached
-from trainers.collection import Collection, Draw, Epoch, rows_of_step
+from trainers.batch import Sampling, rows_of_step
+from trainers.collection import Collection, Draw, Epoch
+from trainers.overlap import Ask, Later
 
 PREFIX = "completed_"  # of the part of scores that holds the reward of a step's completion
 
@@ -68,20 +67,13 @@ class CompletedCollection(Collection):
         rule, noisy = TableSDE(self.table), path.stochastic
         return replace(path, transitions=tuple(rule if i in noisy else one for i, one in enumerate(path.transitions)))
 
-    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int) -> Scores:
-        scores, numbers = super().score(epoch, index, draw, made, kept), self.completed(epoch.path)
+    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int, ask: Ask) -> Later:
+        own, numbers = super().score(epoch, index, draw, made, kept, ask), self.completed(epoch.path)
         ends = self._complete(epoch.path, draw, made, kept, len(numbers))
-        whose = [sample for end in ends for sample in range(0, kept, kept // len(end))]  # a shared start has fewer rows
-        judged = self._judge(torch.cat(ends), draw.told.rows(whose), epoch.number, index)
         rows = [len(end) for end in ends]
-        own = {f"/{name}": value for name, value in judged.parts.items() if name.startswith(TERM)}
-        valid = [known.repeat_interleave(kept // len(known)) for known in judged.valid.split(rows)]
-        parts = {
-            f"{PREFIX}{number:03d}{name}": value.repeat_interleave(kept // len(value))
-            for name, column in ({"": judged.total} | own).items()
-            for number, value in zip(numbers, column.split(rows), strict=True)
-        }
-        return replace(scores, parts=scores.parts | parts, valid=scores.valid & torch.stack(valid).all(0))
+        whose = [sample for count in rows for sample in range(0, kept, kept // count)]  # a shared start has fewer rows
+        judged = self._judge(torch.cat(ends), draw.told.rows(whose), ask, epoch.number, index)
+        return lambda: with_completed(own(), judged(), numbers, rows)
 
     def _complete(self, path: Path, draw: Draw, made: Trajectory, kept: int, count: int) -> tuple[Tensor, ...]:
         """What the first so many stochastic steps would end at along the path's points, without padding."""
@@ -97,14 +89,13 @@ class CompletedCollection(Collection):
                 self.sampling.rows_per_call,
             )  # fmt: skip
 
-    def _judge(self, latents: Tensor, told: Prompts, *key: int) -> Scores:
-        """So many at once as a decode has, so that memory does not grow with the number of steps."""
-        parts = list[Scores]()
+    def _judge(self, latents: Tensor, told: Prompts, ask: Ask, *key: int) -> Later:
+        """So many at once as a decode has, so that what a reward needs does not grow with the number of steps."""
+        parts = list[Later]()
         for number, at in enumerate(torch.arange(len(latents)).split(self.sampling.rows_per_call)):
-            pixels, some = self.decode(latents[at.to(latents.device)]), told.rows(at.tolist())
-            with self.model.meter.phase("reward"), keyed_globals(self.seed, "completion_reward", *key, number):
-                parts.append(detached(self.judge(shown(pixels, some, self.model.fps), some)))
-        return join_scores(parts)
+            some, whose = latents[at.to(latents.device)], told.rows(at.tolist())
+            parts.append(self.judged(self.judge, some, whose, ask, "completion_reward", *key, number))
+        return lambda: join_scores([part() for part in parts])
 
     def scoring_rows(self, epoch: Epoch) -> Rows:
         path, rows = epoch.path, 0
@@ -118,6 +109,22 @@ class CompletedCollection(Collection):
     def media(self, epoch: Epoch) -> int:
         widths = [epoch.path.width(step, epoch.members) for step in self.completed(epoch.path)]
         return super().media(epoch) + len(epoch.rows) * sum(widths)
+
+
+def with_completed(scores: Scores, judged: Scores, numbers: Sequence[int], rows: Sequence[int]) -> Scores:
+    """The samples' scores with those of their completions as parts; a start that is shared has one for all.
+
+    Args:
+        numbers: of the completed steps. rows: completions of each, one step's after another's.
+    """
+    own = {f"/{name}": value for name, value in judged.parts.items() if name.startswith(TERM)}
+    parts = {
+        f"{PREFIX}{number:03d}{name}": value.repeat_interleave(len(scores) // len(value))
+        for name, column in ({"": judged.total} | own).items()
+        for number, value in zip(numbers, column.split([*rows]), strict=True)
+    }
+    valid = [known.repeat_interleave(len(scores) // len(known)) for known in judged.valid.split([*rows])]
+    return replace(scores, parts=scores.parts | parts, valid=scores.valid & torch.stack(valid).all(0))
 
 
 def completed_rewards_of(scores: Scores, term: str | None = None) -> Float[Tensor, "b t"]:

@@ -38,6 +38,7 @@ from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.keeper import Checkpoints, Keeper
 from trainers.noise_calibration import Calibration, calibrate, noise_table
 from trainers.optim import Optimizer
+from trainers.ratio_guard import RatioCheck
 from trainers.regularisers import AdaptiveCoefficient, Refresh
 from trainers.resampling import EverySample, Selection
 from trainers.supervised import Supervised
@@ -82,7 +83,7 @@ class DenseGRPO(FlowGRPO):
     Args:
         model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, clip_range,
             kl_coef, kl, step_fraction, log_prob, reduce, unconditional_grad, folder, seed, on_invalid, log_with,
-            selection, refresh, supervised: as of `trainers.FlowGRPO`.
+            selection, refresh, supervised, ratio_check: as of `trainers.FlowGRPO`.
         completion_steps: n, ODE steps of a completion; None for all that are left, the paper's default.
         step_rewards: function of the values [b, t + 1] that gives each step its reward [b, t]: `gains`,
             `values_after`, `gains_to_go`, `least_gain_to_go` or `flowalign.credit.GatedGains`.
@@ -121,6 +122,7 @@ class DenseGRPO(FlowGRPO):
         selection: Selection = EverySample(),
         refresh: Refresh = Refresh(),
         supervised: Supervised | None = None,
+        ratio_check: RatioCheck = "recompute",
     ) -> None:
         if completion_steps is not None and not 1 <= completion_steps <= sampling.steps:
             raise ValueError(
@@ -131,7 +133,7 @@ class DenseGRPO(FlowGRPO):
         super().__init__(
             model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
             clip_range, kl_coef, kl, advantages, step_fraction, log_prob, reduce, unconditional_grad, folder, seed,
-            on_invalid, log_with, selection, refresh, supervised,
+            on_invalid, log_with, selection, refresh, supervised, ratio_check=ratio_check,
         )  # fmt: skip
 
     def credit(self, scores: Scores, group_ids: Int[Tensor, " b"]) -> Float[Tensor, "b t"]:

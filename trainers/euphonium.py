@@ -37,6 +37,7 @@ from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.guided import GuidedCollection, check_guided, process_rewards_of
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
+from trainers.ratio_guard import RatioCheck
 
 if TYPE_CHECKING:
     from trainers.preflight.family import Family
@@ -66,7 +67,7 @@ class Euphonium(FlowGRPO):
     Args:
         model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, clip_range,
             kl_coef, kl, advantages, step_fraction, log_prob, reduce, unconditional_grad, folder, seed, on_invalid,
-            log_with: as of `trainers.FlowGRPO`.
+            log_with, ratio_check: as of `trainers.FlowGRPO`.
         guided: which steps are guided, how far, and how the gradient is had; see `flowalign.guidance.Guided`.
         process_reward: r, of what the latents of a guided step are denoised to; None for the reward itself.
         outcome_coef, process_coef: c_o and c_p.
@@ -103,6 +104,7 @@ class Euphonium(FlowGRPO):
         seed: int = 0,
         on_invalid: Literal["stop", "drop"] = "stop",
         log_with: tuple[TrackerName, ...] = (),
+        ratio_check: RatioCheck = "recompute",
     ) -> None:
         if outcome_coef < 0 or process_coef < 0 or not outcome_coef + process_coef:
             raise ValueError(
@@ -116,7 +118,7 @@ class Euphonium(FlowGRPO):
         super().__init__(
             model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
             clip_range, kl_coef, kl, advantages, step_fraction, log_prob, reduce, unconditional_grad, folder, seed,
-            on_invalid, log_with,
+            on_invalid, log_with, ratio_check=ratio_check,
         )  # fmt: skip
 
     def loss(
@@ -156,6 +158,18 @@ class Euphonium(FlowGRPO):
         return GuidedCollection(
             self.model, reward, self.prompts, self.sampling, self.policy, self.seed, self.guided, self.process_reward
         )
+
+    def ahead(self) -> int:
+        """None: its rollouts ask a reward themselves."""
+        return 0
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        super().check_sampling(sampling)
+        if sampling.overlap:
+            raise ValueError(
+                f"sampling.overlap is {sampling.overlap}, but Euphonium's rollouts ask a reward themselves: there is "
+                "none that could look at other samples meanwhile; leave it out"
+            )
 
     def _check(self) -> None:
         super()._check()

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from trainers.base import Trainer
 
 # What may change unasked: no number of a run depends on it
-FREE = ("folder", "epochs", "log_with", "checkpoints", "evaluation.pictures", "model.embeddings", "pairs.embeddings")
+FREE = (
+    "folder", "epochs", "log_with", "checkpoints", "evaluation.pictures", "model.embeddings", "pairs.embeddings",
+    "sampling.overlap", "model.memory.shard",
+)  # fmt: skip
 # Never in one run: what is numbered by optimizer steps, drawn from the seed, or compared over the run
 FIXED = ("trainer", "seed", "updates_per_epoch", "evaluation.prompts", "held_out")
 

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.completions import Route, calls_of, follow, thinned_points
-from flowalign.media import shown
 from flowalign.models.base import Model
-from flowalign.randomness import keyed_globals
-from flowalign.records import Prompts, PromptSet, Scores, Trajectory
+from flowalign.records import PromptSet, Scores, Trajectory
 from flowalign.rollout import Policy, fan_out
 from flowalign.schedules import ChosenSteps, FanOut, Path
 from rewards.base import Reward
-from trainers.batch import Sampling, detached
+from trainers.batch import Sampling
 from trainers.collection import Collection, Draw, Epoch
+from trainers.overlap import Ask, Later
 
 
 def name_of(step: int, granularity: int, part: str | None = None) -> str:
@@ -86,18 +85,26 @@ class FannedCollection(Collection):
         )
         return Trajectory(steps[0].latents_next, steps)
 
-    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int) -> Scores:
-        ends = self._ends(epoch, draw, made, kept)
+    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int, ask: Ask) -> Later:
+        first, *others = self._ends(epoch, draw, made, kept)
         told = draw.told.rows(range(kept))
-        scores = super().score(epoch, index, draw, replace(made, latents=ends[0]), kept)
-        others = [self._judge(end, told, epoch.number, index, at) for at, end in enumerate(ends[1:], 1)]
+        own = super().score(epoch, index, draw, replace(made, latents=first), kept, ask)
+        # whole groups at once, as the samples are, for rewards that compare their members
+        beside = [
+            self.judged(self.judge, end, told, ask, "fan_reward", epoch.number, index, at)
+            for at, end in enumerate(others, 1)
+        ]
         fans = [(step.interval.index, stride) for step in made.steps for stride in self.granularities]
-        parts = dict(scores.parts)
-        for fan, judged in zip(fans, [scores, *others], strict=True):
-            parts[name_of(*fan)] = judged.total
-            parts |= {name_of(*fan, part): judged.parts[part] for part in self.parts}
-        valid = torch.stack([scores.valid, *(judged.valid for judged in others)]).all(0)
-        return replace(scores, parts=parts, valid=valid)
+        return lambda: self._with_fans(fans, [own(), *(judged() for judged in beside)])
+
+    def _with_fans(self, fans: Sequence[tuple[int, int]], judged: Sequence[Scores]) -> Scores:
+        """The first fan's scores, with all fans' as parts. fans: step and granularity of each."""
+        parts = dict(judged[0].parts)
+        for fan, scores in zip(fans, judged, strict=True):
+            parts[name_of(*fan)] = scores.total
+            parts |= {name_of(*fan, part): scores.parts[part] for part in self.parts}
+        valid = torch.stack([scores.valid for scores in judged]).all(0)
+        return replace(judged[0], parts=parts, valid=valid)
 
     def _ends(self, epoch: Epoch, draw: Draw, made: Trajectory, kept: int) -> tuple[Tensor, ...]:
         """x_0 of each step's members, without padding, of each granularity in turn."""
@@ -109,12 +116,6 @@ class FannedCollection(Collection):
                 self.model, draw.condition, starts, [told] * len(starts), routes,
                 self.model.sigmas(self.sampling.steps), self.policy.guidance_scale, self.sampling.rows_per_call,
             )  # fmt: skip
-
-    def _judge(self, latents: Tensor, told: Prompts, *key: int) -> Scores:
-        """Whole groups at once, as the samples are, for rewards that compare their members."""
-        pixels = self.decode(latents)
-        with self.model.meter.phase("reward"), keyed_globals(self.seed, "fan_reward", *key):
-            return detached(self.judge(shown(pixels, told, self.model.fps), told))
 
     def needed(self, epoch: Epoch, trained: Callable[[Path], Sequence[int]], reference: bool) -> Rows:
         """Of the anchors, which end at the last step that a group parts at."""

@@ -158,6 +158,9 @@ class FlowDPO(PairTrainer):
     def as_reference(self) -> AbstractContextManager[None]:
         return self.as_older()
 
+    def looks_back(self) -> tuple[bool, bool]:
+        return self.needs_reference(), self.refresh > 0
+
     def sampler(self) -> AbstractContextManager[None]:
         return self.as_reference() if self.sample_reference else nullcontext()
 

@@ -36,6 +36,7 @@ from trainers.evaluation import Evaluation
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
 from trainers.policy_gradient import PolicyTrainer
+from trainers.ratio_guard import RatioCheck, RatioGuard
 from trainers.regularisers import AdaptiveCoefficient, Refresh, check_refresh
 from trainers.resampling import EverySample, Selection
 from trainers.supervised import Supervised
@@ -75,6 +76,7 @@ class FlowGRPO(PolicyTrainer):
         supervised: a branch that imitates the best samples, with its coefficient (`trainers.supervised`).
         step_weights: function that weighs the advantages of each trained step (`flowalign.step_weights`), such as
             `noise_weights`; None for 1.
+        ratio_check: what is done where an epoch's first ratios are not 1, as they have to be: `trainers.ratio_guard`.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class FlowGRPO(PolicyTrainer):
         refresh: Refresh = Refresh(),
         supervised: Supervised | None = None,
         step_weights: StepWeights | None = None,
+        ratio_check: RatioCheck = "recompute",
     ) -> None:
         beta = kl_coef.start if isinstance(kl_coef, AdaptiveCoefficient) else kl_coef
         if clip_range <= 0 or beta < 0 or not 0 < step_fraction <= 1:
@@ -115,7 +118,7 @@ class FlowGRPO(PolicyTrainer):
         self.clip_range, self.kl, self.step_fraction = clip_range, kl, step_fraction
         self.first_kl_coef, self.adaptive = beta, kl_coef if isinstance(kl_coef, AdaptiveCoefficient) else None
         self.selection, self.refresh, self.supervised = selection, refresh, supervised
-        self.step_weights = step_weights
+        self.step_weights, self.ratio_guard = step_weights, RatioGuard(ratio_check, clip_range)
         self.advantages: Advantages = group_advantages
         self.by_term: ByTerm | None = None
         if isinstance(advantages, TermCredit):
@@ -161,11 +164,12 @@ class FlowGRPO(PolicyTrainer):
         """Advantages of what samples, or their steps, are rewarded with: by the whole reward, or by each term."""
         return self.advantages(rewards(None), group_ids) if self.by_term is None else self.by_term(rewards, group_ids)
 
+    def looks_back(self) -> tuple[bool, bool]:
+        return self.needs_reference(), self.refresh.every > 0
+
     def learnt(self, metrics: dict[str, float]) -> dict[str, float]:
         """Move the coefficient by the epoch's KL, and renew the reference if that is due."""
-        older = self.refresh.renewed(self)
-        if older is not None:
-            self.state.older = older
+        self.state.older = self.refresh.renewed(self) or self.state.older
         if self.adaptive is None:
             return {}
         told, kl = {"kl_coef": self.kl_coef}, metrics.get("kl", math.nan)

@@ -127,6 +127,9 @@ class ForwardAdvantageTrainer(ForwardProcessTrainer):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
+    def looks_back(self) -> tuple[bool, bool]:
+        return self.needs_reference(), True
+
     def penalty(self, noised: Noised) -> PerSample | float:
         """kl_coef times the distance to the reference."""
         return 0.0 if noised.reference is None else self.kl_coef * distance(noised.velocity, noised.reference)

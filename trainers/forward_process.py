@@ -235,6 +235,8 @@ class ForwardProcessTrainer(Trainer):
                 f"sampling.plan is {type(sampling.plan).__name__}, which says where a reward's gradient flows; "
                 f"{type(self).__name__} looks at where rollouts end alone: choose Deterministic, AllSteps or the like"
             )
+        if self.stored and sampling.overlap:
+            raise ValueError(f"sampling.overlap is {sampling.overlap}, but stored pairs are not scored: leave it out")
         if sampling.batch_size % self.members:
             raise ValueError(f"sampling.batch_size counts samples, two of each pair: {sampling.batch_size} is odd")
         if self.stored and sampling.group_size != 2:

@@ -26,8 +26,8 @@ from flowalign.preferences.sources import OnBad
 from flowalign.prompts import PromptData
 from flowalign.records import Media, Prompts, PromptSet, Scores, Size
 from rewards.base import Card, Reward
-from trainers.batch import summary_of
-from trainers.collection import Epoch, no_steps
+from trainers.batch import no_steps, summary_of
+from trainers.collection import Epoch
 from trainers.gathering import gather_scores
 
 if TYPE_CHECKING:

@@ -34,6 +34,7 @@ from trainers.fanned import FannedCollection, fanned_rewards_of
 from trainers.flow_grpo import KL, FlowGRPO
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
+from trainers.ratio_guard import RatioCheck
 
 if TYPE_CHECKING:
     from trainers.preflight.family import Family
@@ -58,7 +59,8 @@ class G2RPO(FlowGRPO):
 
     Args:
         model, reward, prompts, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, clip_range, kl_coef, kl,
-            log_prob, reduce, unconditional_grad, folder, seed, on_invalid, log_with: as of `trainers.FlowGRPO`.
+            log_prob, reduce, unconditional_grad, folder, seed, on_invalid, log_with, ratio_check: as of
+            `trainers.FlowGRPO`.
         sampling: its plan is a `flowalign.schedules.FanOut`, all of whose steps are taken in every epoch: the steps k
             that are trained. `batch_size` counts groups.
         granularities: l of the tails; 1 is the grid itself.
@@ -96,6 +98,7 @@ class G2RPO(FlowGRPO):
         seed: int = 0,
         on_invalid: Literal["stop", "drop"] = "stop",
         log_with: tuple[TrackerName, ...] = (),
+        ratio_check: RatioCheck = "recompute",
     ) -> None:
         if not granularities or min(granularities) < 1 or len({*granularities}) < len(granularities):
             raise ValueError(f"granularities must be distinct numbers of at least 1, got {list(granularities)}")
@@ -106,7 +109,7 @@ class G2RPO(FlowGRPO):
         super().__init__(
             model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
             clip_range, kl_coef, kl, advantages, 1.0, log_prob, reduce, unconditional_grad, folder, seed, on_invalid,
-            log_with,
+            log_with, ratio_check=ratio_check,
         )  # fmt: skip
 
     @property

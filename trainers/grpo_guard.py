@@ -36,6 +36,7 @@ from trainers.evaluation import Evaluation
 from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
+from trainers.ratio_guard import RatioCheck
 from trainers.regularisers import AdaptiveCoefficient, Refresh
 from trainers.resampling import EverySample, Selection
 from trainers.supervised import Supervised
@@ -47,7 +48,7 @@ class GRPOGuard(FlowGRPO):
     Args:
         model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, kl_coef, kl,
             advantages, step_fraction, unconditional_grad, folder, seed, on_invalid, log_with, selection, refresh,
-            supervised: as of `trainers.FlowGRPO`.
+            supervised, ratio_check: as of `trainers.FlowGRPO`.
         clip_range: of rho above, whose log is by about std smaller than that of Flow-GRPO's ratio.
         log_prob, reduce: rho presumes `gaussian_log_prob` and `mean_of_elements`.
         step_weights: the gradient reweighting, `inverse_dt` in the paper; None leaves it out.
@@ -80,6 +81,7 @@ class GRPOGuard(FlowGRPO):
         refresh: Refresh = Refresh(),
         supervised: Supervised | None = None,
         step_weights: StepWeights | None = inverse_dt,
+        ratio_check: RatioCheck = "recompute",
     ) -> None:
         if reduce is not mean_of_elements or log_prob is not gaussian_log_prob:
             raise ValueError(
@@ -89,7 +91,7 @@ class GRPOGuard(FlowGRPO):
         super().__init__(
             model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
             clip_range, kl_coef, kl, advantages, step_fraction, log_prob, reduce, unconditional_grad, folder, seed,
-            on_invalid, log_with, selection, refresh, supervised, step_weights,
+            on_invalid, log_with, selection, refresh, supervised, step_weights, ratio_check=ratio_check,
         )  # fmt: skip
 
     def loss(

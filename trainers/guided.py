@@ -20,6 +20,7 @@ from flowalign.schedules import Path
 from rewards.base import Reward
 from trainers.batch import Sampling
 from trainers.collection import Collection, Draw, Epoch
+from trainers.overlap import Ask, Later
 
 PREFIX = "process_"  # of the part of scores that holds the process reward at a step
 
@@ -73,13 +74,18 @@ class GuidedCollection(Collection):
         scores = self.judge(shown(pixels, told, self.model.fps), told, grad=denoised.requires_grad)
         return scores.total.where(scores.valid, torch.nan).to(denoised.device)
 
-    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int) -> Scores:
-        scores = super().score(epoch, index, draw, made, kept)
+    def score(self, epoch: Epoch, index: int, draw: Draw, made: Trajectory, kept: int, ask: Ask) -> Later:
+        own = super().score(epoch, index, draw, made, kept, ask)
         names = [f"{PREFIX}{step:03d}" for step in sorted(self.guided.steps)]
         each = [value.cpu().repeat_interleave(len(draw.samples) // len(value))[:kept] for value in made.values]
-        valid = torch.stack([value.isfinite() for value in each]).all(0) if each else scores.valid
         parts = {name: value.nan_to_num() for name, value in zip(names, each, strict=True)}
-        return replace(scores, parts=scores.parts | parts, valid=scores.valid & valid)
+
+        def joined() -> Scores:
+            scores = own()
+            valid = torch.stack([value.isfinite() for value in each]).all(0) if each else scores.valid
+            return replace(scores, parts=scores.parts | parts, valid=scores.valid & valid)
+
+        return joined
 
     def needed(self, epoch: Epoch, trained: Callable[[Path], Sequence[int]], reference: bool) -> Rows:
         total = super().needed(epoch, trained, reference)

@@ -20,6 +20,7 @@ from torch import Tensor
 from flowalign.differentiate import Drawn, differentiable_rollout
 from flowalign.media import real_media
 from flowalign.models.base import Model
+from flowalign.models.editing import EditingModel
 from flowalign.prompts import PromptData
 from flowalign.records import Size
 from flowalign.schedules import LastSteps, Path
@@ -100,6 +101,11 @@ class InstructVideo(DRaFT):
 
     def _check(self) -> None:
         super()._check()
+        if isinstance(self.model, EditingModel) and self.model.strength is not None:
+            raise ValueError(
+                f"{type(self).__name__} starts from real media by itself, from sigma `start` on: leave "
+                f"model.strength {self.model.strength:g} out"
+            )
         first, path = self.first_step(), self.collection.epoch(0).path
         if path.cut is not None or path.gradient_from < first:
             raise ValueError(

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,12 +64,18 @@ class Keeper:
         self._place: tuple[int, int] | None = None  # of the last save
         self._saved = time.monotonic()
 
-    def poll(self, what: str = "", done: int = 0, total: int = 0) -> None:
-        """A safe point: stop if a signal asked any process to, save if a checkpoint is due; show how far a phase is."""
+    def poll(self, what: str = "", done: int = 0, total: int = 0, settle: Callable[[], None] | None = None) -> None:
+        """A safe point: stop if a signal asked any process to, save if a checkpoint is due; show how far a phase is.
+
+        Args:
+            settle: called before anything is saved, for what is still under way to come into the record.
+        """
         if what:
             self.progress.within(what, done, total)
         late = self.settings.minutes > 0 and time.monotonic() - self._saved > 60 * self.settings.minutes
         asked, due = largest([self.trainer.stop.asked, rank() == 0 and (late or self._at_interval())])
+        if settle is not None and (asked or due):
+            settle()
         if asked:
             self.stop()
         if due:
@@ -107,14 +113,22 @@ class Keeper:
             shared, own = state.trees()
             name, shared = self.name(), shared | {"facts": self.facts}
             self._broken.discard(name)
-            path = checkpoint.save(self.folder, name, shared, own, self._save_policy, self._kept)
+            path = checkpoint.save(self.folder, name, shared, own, self._policy_writer(), self._kept)
         self._saved, self._place = time.monotonic(), (state.epoch, state.part)
         on_main(self._publish)
         return path
 
-    def _save_policy(self, folder: Path) -> None:
-        with self.trainer.optimizer.averaged():
-            self.trainer.model.save(folder / "lora")
+    def _policy_writer(self) -> Callable[[Path], None]:
+        """What writes the averaged policy into a folder, on the first process; all ask for it together."""
+        model, averaged = self.trainer.model, self.trainer.optimizer.averaged
+        with averaged():
+            write = model.export()
+
+        def written(folder: Path) -> None:
+            with averaged():
+                write(folder / model.policy_folder)
+
+        return written
 
     def name(self) -> str:
         """Of a checkpoint of the present record: one for each place in a run, in the order of the run."""
@@ -134,14 +148,15 @@ class Keeper:
         return {*good[-self.settings.keep :], self.trainer.state.best_checkpoint}
 
     def _publish(self) -> None:
-        """Leave the best policy, or the newest where none is evaluated, in `lora/`."""
+        """Leave the best policy, or the newest where none is evaluated, in the run's folder."""
         there = checkpoint.names(self.folder)
         name = self.trainer.state.best_checkpoint or (there[-1] if there else None)
         if name not in there:
             return
-        (self.run.folder / "lora").mkdir(exist_ok=True)
-        for file in (self.folder / name / "lora").iterdir():
-            write_atomically(self.run.folder / "lora" / file.name, file.read_bytes())
+        own = self.trainer.model.policy_folder
+        (self.run.folder / own).mkdir(exist_ok=True)
+        for file in (self.folder / name / own).iterdir():
+            write_atomically(self.run.folder / own / file.name, file.read_bytes())
         if self.trainer.state.best is not None:
             told = {"epoch": self.trainer.state.best_epoch, "held-out": self.trainer.state.best}
             write_atomically(self.run.folder / "best.json", json.dumps(told).encode())
@@ -181,7 +196,7 @@ class Keeper:
         anew = "move the run's folder away to start anew"
         if problems:
             raise ValueError(f"no checkpoint in {self.folder} can be read ({'; '.join(problems)}); {anew}")
-        if (self.run.folder / "lora").exists():
+        if (self.run.folder / self.trainer.model.policy_folder).exists():
             raise ValueError(f"{self.run.folder} holds a run whose {self.folder.name}/ has gone; {anew}")
         if (self.run.folder / "metrics.jsonl").stat().st_size:
             self._tell("resume", f"{self.run.folder} was stopped before its first checkpoint: it starts anew")
@@ -196,6 +211,7 @@ class Keeper:
         shared, own = checkpoint.load(path)
         names = self._check_config(shared.pop("facts"), allow_change)
         epoch = trainer.epoch_of(shared["epoch"], shared.get("rounds", ()))
+        shared = trainer.optimizer.placed(shared)
         state = State.from_trees(shared, own, trainer.mine(epoch), rank() == 0, trainer.model.device)
         if names and state.part:
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flowalign.media import IMAGE, REAL, REFERENCES, VIDEOS
+from flowalign.media import IMAGE, REAL, REFERENCES, VIDEOS, is_inline
 from flowalign.records import Prompts, PromptSet
 
 LOOKED_AT = 10_000  # prompts of a large set, spread evenly
@@ -30,7 +30,7 @@ def check_media(prompts: PromptSet, video: bool) -> None:
         )
     _check_files(named, "the real media")
     for text, name in named:
-        if (Path(name).suffix.lower() in VIDEOS) != video:
+        if (not is_inline(name) and Path(name).suffix.lower() in VIDEOS) != video:
             kinds = ("a picture", "videos") if video else ("a video", "pictures")
             raise ValueError(
                 f"{name}, the real media of prompt {text!r}, is {kinds[0]}, and the model makes {kinds[1]}"
@@ -68,6 +68,6 @@ def _column(prompts: Prompts, key: str) -> list[tuple[str, Any]]:
 def _check_files(named: Named, what: str) -> None:
     looked_at = set[str]()
     for text, name in named:
-        if name not in looked_at and not Path(name).is_file():
+        if name not in looked_at and not is_inline(name) and not Path(name).is_file():
             raise ValueError(f"{name}, {what} of prompt {text!r}, is not a file")
         looked_at.add(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.distributed import sum_over_ranks
+from flowalign.shards import Stored, clip_shards, cloned, in_shards, is_sharded, like, own_rows
 from trainers.state import State
 
 
@@ -55,14 +56,22 @@ class Optimizer:
 class PolicyOptimizer:
     """An optimizer over the policy's parameters, which keeps their average beside them."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], settings: Optimizer, fp16: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        settings: Optimizer,
+        fp16: bool = False,
+        go_back: Callable[[Tensor], None] = Tensor.backward,
+    ) -> None:
         self.parameters, self.settings, self.steps = parameters, settings, 0
-        values = list(parameters.values())
+        self._go_back, values = go_back, list(parameters.values())
         if not values:
             raise ValueError("the model has no trainable parameters")
         self._device = values[0].device
-        self.adamw = _adamw(values, settings)
-        self.average = {name: p.detach().clone() for name, p in parameters.items()} if settings.ema_decay else {}
+        # of a network in shards its own rows are what a process steps: AdamW looks at each number alone
+        self._own = {name: nn.Parameter(own_rows(p)) if is_sharded(p) else p for name, p in parameters.items()}
+        self.adamw = _adamw([*self._own.values()], settings)
+        self.average = self.snapshot() if settings.ema_decay else {}
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=fp16)
 
     @property
@@ -76,11 +85,13 @@ class PolicyOptimizer:
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient to what is there."""
-        self.scaler.scale(loss).backward()
+        self._go_back(self.scaler.scale(loss))
 
     def discard(self) -> None:
         """Forget the gradients so far."""
         self.adamw.zero_grad(set_to_none=True)
+        for value in self.parameters.values():
+            value.grad = None
 
     def step(self, sums: Sequence[Tensor] = ()) -> float:
         """Sum gradients over processes, clip, step, average; returns the gradient's norm before clipping.
@@ -93,9 +104,12 @@ class PolicyOptimizer:
         values = list(self.parameters.values())
         for value in values:  # a micro-batch with nothing to learn made none, on this process or at all
             value.grad = torch.zeros_like(value) if value.grad is None else value.grad
-        sum_over_ranks([*(value.grad for value in values if value.grad is not None), *sums])
-        self.scaler.unscale_(self.adamw)
-        norm = float(nn.utils.clip_grad_norm_(values, self.settings.max_grad_norm))
+        if is_sharded(values[0]):
+            norm = self._clip_own(sums)
+        else:
+            sum_over_ranks([*(value.grad for value in values if value.grad is not None), *sums])
+            self.scaler.unscale_(self.adamw)
+            norm = float(nn.utils.clip_grad_norm_(values, self.settings.max_grad_norm))
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate
         if math.isfinite(norm):
@@ -105,12 +119,22 @@ class PolicyOptimizer:
         self.discard()
         return norm
 
+    def _clip_own(self, sums: Sequence[Tensor]) -> float:
+        """Take over this process's rows of gradients in shards, which are sums over processes already."""
+        values = list(self.parameters.values())
+        for value, own in zip(values, self._own.values(), strict=True):
+            assert value.grad is not None
+            assert own.data_ptr() == own_rows(value).data_ptr(), "the shards have moved in memory"
+            own.grad = own_rows(value.grad)
+        gradients = [own.grad for own in self._own.values() if own.grad is not None]
+        return clip_shards(gradients, values[0], sums, self.settings.max_grad_norm)
+
     def _count(self) -> None:
         self.steps += 1
         if self.average and self.steps % self.settings.ema_every == 0:
             decay = min((1 + self.steps) / (10 + self.steps), self.settings.ema_decay)
             for name, value in self.parameters.items():
-                self.average[name].lerp_(value.detach(), 1 - decay)
+                own_rows(self.average[name]).lerp_(own_rows(value), 1 - decay)
 
     def scaling_down(self) -> bool:
         """Whether a gradient that is not finite is the loss scale's own doing: fp16, and it can still be lowered."""
@@ -121,7 +145,7 @@ class PolicyOptimizer:
         state.policy = {name: value.detach() for name, value in self.parameters.items()}
         state.average, state.steps, state.scaler = self.average, self.steps, self.scaler.state_dict()
         held = self.adamw.state
-        state.moments = {name: dict(held[value]) for name, value in self.parameters.items() if value in held}
+        state.moments = {name: self._shared(name, held[own]) for name, own in self._own.items() if own in held}
 
     def restore(self, state: State) -> None:
         """Become what the record says.
@@ -135,12 +159,43 @@ class PolicyOptimizer:
         if self.average and state.average:  # an average that has been turned on starts here
             self.average = {name: value.to(self._device) for name, value in state.average.items()}
         elif self.average:
-            self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+            self.average = self.snapshot()
         self.steps = state.steps
         self.scaler.load_state_dict(state.scaler)
         numbers = {name: i for i, name in enumerate(self.parameters)}
-        moments = {numbers[name]: held for name, held in state.moments.items()}
+        moments = {numbers[name]: self._rows(name, held) for name, held in state.moments.items()}
         self.adamw.load_state_dict({"state": moments, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+    def placed(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's record, in which what it holds of each parameter is in shards where that is, and else whole.
+
+        Raises: ValueError for what was in shards and is of no parameter here.
+        """
+        held = dict(record)
+        for kind in ("policy", "average", "older"):
+            held[kind] = {name: self._here(name, value) for name, value in held.get(kind, {}).items()}
+        moments = held.get("moments", {}).items()
+        held["moments"] = {name: {key: self._here(name, one) for key, one in of.items()} for name, of in moments}
+        return held
+
+    def _here(self, name: str, value: Tensor | Stored) -> Tensor:
+        parameter = self.parameters.get(name)
+        if parameter is not None and tuple(value.shape) == tuple(parameter.shape):
+            return like(value, parameter)
+        if isinstance(value, Stored):
+            raise ValueError(f"the checkpoint holds {name} of shape {[*value.shape]}, which the policy here has not")
+        return value
+
+    def _shared(self, name: str, held: dict[str, Any]) -> dict[str, Any]:
+        """AdamW's record of a parameter, in shards where that is."""
+        value, own = self.parameters[name], self._own[name]
+        if not is_sharded(value):
+            return dict(held)
+        return {key: in_shards(one, value) if one.shape == own.shape else one for key, one in held.items()}
+
+    def _rows(self, name: str, held: dict[str, Any]) -> dict[str, Any]:
+        """The way back."""
+        return {key: own_rows(one) for key, one in held.items()} if is_sharded(self.parameters[name]) else held
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -153,7 +208,7 @@ class PolicyOptimizer:
 
     def snapshot(self) -> dict[str, Tensor]:
         """The policy's weights as they are now."""
-        return {name: value.detach().clone() for name, value in self.parameters.items()}
+        return {name: cloned(value) for name, value in self.parameters.items()}
 
     @contextmanager
     def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -168,7 +223,7 @@ class PolicyOptimizer:
     @torch.no_grad()
     def _set(self, values: dict[str, Tensor]) -> None:
         for name, value in self.parameters.items():
-            value.copy_(values[name])
+            own_rows(value).copy_(own_rows(values[name]))
 
 
 def _adamw(values: list[nn.Parameter], settings: Optimizer) -> Any:

@@ -20,10 +20,11 @@ from flowalign.schedules import GradientPlan, Path
 from flowalign.step_weights import StepWeights
 from rewards.base import Reward
 from trainers.base import Trainer, Worked
-from trainers.batch import Batch, Sampling, summary_of, valid_rows
-from trainers.collection import Collection, Epoch, join_steps_of, no_steps
+from trainers.batch import Batch, Sampling, join_steps_of, no_steps, summary_of, valid_rows
+from trainers.collection import Collection, Epoch
 from trainers.gathering import gather_scores
 from trainers.keeper import Keeper
+from trainers.ratio_guard import RatioGuard
 from trainers.regularisers import older_policy
 from trainers.resampling import EverySample, Selection, learnt_of
 from trainers.state import Collected
@@ -41,11 +42,13 @@ class PolicyTrainer(Trainer):
     step_weights: multiply the advantages of each trained step; None for 1.
     selection: which of an epoch's samples the update takes, and which groups are sampled again before it.
     supervised: a branch that imitates the best samples beside the loss, if any.
+    ratio_guard: looks at the ratios of an epoch's first optimizer step, if any.
     """
 
     step_weights: StepWeights | None = None
     selection: Selection = EverySample()
     supervised: Supervised | None = None
+    ratio_guard: RatioGuard | None = None
 
     @abstractmethod
     def loss(

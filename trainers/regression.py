@@ -94,6 +94,9 @@ class RegressionTrainer(ForwardProcessTrainer):
     def units_per_epoch(self) -> int:
         return self.passes * super().units_per_epoch()
 
+    def looks_back(self) -> tuple[bool, bool]:
+        return self.needs_reference() or self.refresh != 1, self.refresh > 1
+
     def sampler(self) -> AbstractContextManager[None]:
         return nullcontext() if self.refresh == 1 else self.as_older()
 

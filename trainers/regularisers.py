@@ -120,7 +120,9 @@ class Refresh:
 def older_policy(trainer: Trainer) -> AbstractContextManager[None]:
     """While entered, the network is the policy that the record holds as older, at first what the run starts from."""
     older = trainer.state.older
-    return trainer.optimizer.holding(older) if older else trainer.model.reference()
+    if not older:
+        return trainer.model.reference()
+    return trainer.model.as_older() or trainer.optimizer.holding(older)
 
 
 def check_refresh(refresh: Refresh, kl_coef: float, ema_decay: float) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.accounting import Rows
-from flowalign.differentiate import Drawn, differentiable_rollout
+from flowalign.differentiate import Drawn, check_recompute, differentiable_rollout
 from flowalign.records import Scores
 from flowalign.schedules import GradientPlan, Path
 from rewards.base import Combination, Reward
@@ -61,8 +61,8 @@ class RewardGradientTrainer(Trainer):
         Args:
             sigmas: the grid of media of the model's present size.
         """
-        start = self.model.start(draw.start, sigmas[0])
         grid, told = epoch.path.grid(sigmas), draw.condition
+        start = self.model.start(draw.start, sigmas[0], told)
         return differentiable_rollout(
             self.model, told, start, grid, epoch.path, self.policy, draw.step_noise, self.recompute
         )
@@ -140,9 +140,15 @@ class RewardGradientTrainer(Trainer):
                 f"{type(self).__name__} goes back through the rollout: choose LastSteps, RandomTruncation, "
                 "GaussianTruncation or LateStep (flowalign.schedules), which say where gradients flow"
             )
+        if sampling.overlap:
+            raise ValueError(
+                f"sampling.overlap is {sampling.overlap}, but {type(self).__name__} goes back through a score before a "
+                "next rollout: leave it out"
+            )
 
     def _check(self) -> None:
         super()._check()
+        check_recompute(self.model, self.recompute)
         hard = undifferentiable(self.reward)
         if hard:
             raise ValueError(

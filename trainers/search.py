@@ -66,8 +66,6 @@ class Search(ABC):
         save_seconds: float,
     ) -> None:
         check_started()
-        if world_size() > 1:
-            raise ValueError("a search is one process; start it without a launcher, and give each a share of prompts")
         for name, value in (("steps", steps), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -154,7 +152,10 @@ class Search(ABC):
         return SearchState(prices, min(self.tries, int(self.budget / one)))
 
     def find(self) -> list[Found]:
-        """Search for all prompts, and leave nothing on the disk; `run` leaves a folder."""
+        """Search for all prompts, and leave nothing on the disk; `run` leaves a folder.
+
+        Of several processes each searches for itself: give each a share of the prompts.
+        """
         return sorted((one for found in self.rounds(self.start()) for one in found), key=lambda one: one.number)
 
     def run(self, config: Mapping[str, Any] | None = None) -> FilePath:
@@ -163,9 +164,13 @@ class Search(ABC):
         Args:
             config: the resolved config, plain data, for the folder.
 
-        Raises: Stopped where a signal asked for it, all being saved; ValueError for a folder of another search.
+        Raises: Stopped where a signal asked for it, all being saved; ValueError for a folder of another search, and in
+        one of several processes.
         """
         from trainers.search_run import run
+
+        if world_size() > 1:
+            raise ValueError("a search is one process; start it without a launcher, and give each a share of prompts")
 
         return run(self, config)
 

@@ -95,7 +95,8 @@ class Sampler:
             return torch.stack([key_noise(self.seed, "search_step", *key, step, shape=shape) for key in keys])
 
         model, sigmas = self.model, self.sigmas
-        condition, start = model.condition(told), model.start(noise, sigmas[0])
+        condition = model.condition(told)
+        start = model.start(noise, sigmas[0], condition)
         drawn = differentiable_rollout(
             model, condition, start, sigmas, self.path, self.policy, step_noise, self.recompute
         )
@@ -107,7 +108,7 @@ class Sampler:
             raise ValueError(f"{self.reward.name} says that it is differentiable, but its scores have no gradient")
         scale = LOSS_SCALE if self.model.scale_loss else 1.0
         values = objective(scores.total, noise.to(scores.total.device))
-        (gradient,) = torch.autograd.grad(values.where(scores.valid.to(values.device), 0.0).sum() * scale, noise)
+        gradient = self.model.slope(values.where(scores.valid.to(values.device), 0.0).sum() * scale, noise)
         return gradient.float().cpu() / scale
 
     @torch.no_grad()
@@ -122,7 +123,8 @@ class Sampler:
         rows, model, scale = call.rows[:samples], self.model, self.policy.guidance_scale
         told, sigmas = self.prompts.rows(rows), self.sigmas
         noise = torch.stack([self.noise(number) for number in rows]).to(model.device)
-        condition, latents = model.condition(told), model.start(noise, sigmas[0])
+        condition = model.condition(told)
+        latents = model.start(noise, sigmas[0], condition)
         media = shown(model.decode(latents), told, model.fps)
         with keyed_globals(self.seed, "search_reward"):
             prices = measured(

@@ -69,7 +69,7 @@ def _told(score: float | None) -> str:
 def _read(path: Path) -> Picture | None:
     if not path.is_file():
         return None
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1) / 255
 
 

@@ -33,7 +33,8 @@ class State:
     rows, seconds: the present epoch's costs so far, on this process.
     clock: seconds since the run's start. logs: sizes of its logs in bytes.
     normalisers: statistics of the reward's running normalisers, by name.
-    noise: of a trainer that calibrates the noise of its steps, where that stands: see `trainers.noise_calibration`.
+    noise: of a trainer that measures its steps before it trains, where that stands: see `trainers.noise_calibration`
+    and `trainers.active_steps`.
     older: an older policy that a trainer samples by or compares with; empty for what the run has started from.
     kl_coef: of a trainer whose coefficient follows the KL, where it stands; None at first.
     rounds: the groups that the present epoch has sampled again, a list for each further round.

@@ -44,6 +44,7 @@ from trainers.evaluation import Evaluation
 from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
+from trainers.ratio_guard import RatioCheck
 
 if TYPE_CHECKING:
     from trainers.preflight.family import Family
@@ -56,9 +57,9 @@ class TreeGRPO(FlowGRPO):
 
     Args:
         model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, clip_range,
-            kl_coef, kl, step_fraction, log_prob, reduce, unconditional_grad, folder, seed, on_invalid, log_with: as of
-            `trainers.FlowGRPO`. sampling.batch_size counts trees: a call late in a tree has as many rows for each as
-            the tree has leaves.
+            kl_coef, kl, step_fraction, log_prob, reduce, unconditional_grad, folder, seed, on_invalid, log_with,
+            ratio_check: as of `trainers.FlowGRPO`. sampling.batch_size counts trees: a call late in a tree has as many
+            rows for each as the tree has leaves.
         compare: which edges are compared with one another: `flowalign.trees.siblings` or `depths`.
         advantages: function of the values [n] of one step's nodes and the number [n] of what each is compared among.
             BranchGRPO's code has `flowalign.advantages.dancegrpo_advantages`.
@@ -93,6 +94,7 @@ class TreeGRPO(FlowGRPO):
         seed: int = 0,
         on_invalid: Literal["stop", "drop"] = "stop",
         log_with: tuple[TrackerName, ...] = (),
+        ratio_check: RatioCheck = "recompute",
     ) -> None:
         if isinstance(advantages, TermCredit):
             raise ValueError(
@@ -104,7 +106,7 @@ class TreeGRPO(FlowGRPO):
         super().__init__(
             model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
             clip_range, kl_coef, kl, advantages, step_fraction, log_prob, reduce, unconditional_grad, folder, seed,
-            on_invalid, log_with,
+            on_invalid, log_with, ratio_check=ratio_check,
         )  # fmt: skip
 
     def credited(self, scores: Scores, group_ids: Int[Tensor, " b"], path: Path) -> Float[Tensor, "b t"]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowalign.distributed import world_size
+from flowalign.distributed import largest, world_size
+from flowalign.models.base import Model
 from flowalign.records import Condition, Step, expand_rows, intervals
-from flowalign.rollout import Replay, replay
+from flowalign.rollout import Policy, Replay, replay
 from flowalign.schedules import Path
 from flowalign.step_weights import StepWeights
 from flowalign.transitions import Transition
 from trainers.batch import Batch, Part, parts_of
+from trainers.ratio_guard import recompute
 from trainers.steps import OptimizerSteps
 from trainers.supervised import Imitation
 from trainers.watch import Watch, save_bad
@@ -25,6 +29,27 @@ if TYPE_CHECKING:
     from trainers.collection import Epoch
     from trainers.keeper import Keeper
     from trainers.policy_gradient import PolicyTrainer
+
+
+@dataclass(frozen=True)
+class Call:
+    """One step of a micro-batch as the update calls the network for it, padding included.
+
+    at: the step's number among those of its part. rows: of that step's latents. advantages, weights: of `samples`.
+    """
+
+    at: int
+    rows: Int[Tensor, " p"]
+    step: Step
+    transition: Transition
+    condition: Condition
+    advantages: Float[Tensor, b * k]
+    weights: Float[Tensor, " b"]
+    samples: Int[Tensor, " b"]
+
+    def replay(self, model: Model, policy: Policy) -> Replay:
+        """The step under the present policy."""
+        return replay(model, self.step, self.transition, self.condition, policy)
 
 
 class Update(OptimizerSteps):
@@ -43,6 +68,7 @@ class Update(OptimizerSteps):
         self.batch, self.trained = batch, trainer.trained_steps(batch.path)
         weigh = trainer.step_weights if self.counted.any() else None
         self.step_weights = {} if weigh is None else self._step_weights(weigh)
+        self.parts: Sequence[Tensor] = ()  # the rows of each optimizer step, once it is known
 
     def run(self, order: Int[Tensor, " p"] | None = None) -> dict[str, float]:
         """All steps; returns the means of what was seen.
@@ -52,7 +78,10 @@ class Update(OptimizerSteps):
                 the epoch, so that each optimizer step has an equal share of each group and of each process's rows.
         """
         steps = self.trainer.updates_per_epoch
-        return self._run(self._parts(steps) if order is None else [*order.tensor_split(steps)])
+        self.parts = self._parts(steps) if order is None else [*order.tensor_split(steps)]
+        means = self._run(self.parts)
+        anew = [row["first_ratio"][0] for row in self.trainer.state.seen if "first_ratio" in row]
+        return means | ({"ratio_before_recompute": anew[0]} if anew else {})
 
     def _parts(self, steps: int) -> list[Tensor]:
         """The rows of each optimizer step, of those with a sample that counts."""
@@ -66,18 +95,38 @@ class Update(OptimizerSteps):
         save_bad(folder, name, watch, self.batch)
 
     def _accumulate(self, rows: Int[Tensor, " p"], watch: Watch) -> dict[str, Any]:
-        trainer, total = self.trainer, self._terms(rows)
+        total = self._terms(rows)
         if total == 0:
             return self._imitate()
+        guard, first = self.trainer.ratio_guard, len(self.parts) > 0 and self.trainer.state.part == 0
+        gap = self._add_up(rows, total, watch, guard.limit if guard is not None and first else math.inf)
+        if gap is None:
+            return self._imitate()
+        self.trainer.optimizer.discard()
+        recompute(self, gap)
+        watch.clear()
+        self._add_up(rows, total, watch, math.inf)
+        return self._imitate() | {"first_ratio": [gap]}
+
+    def _add_up(self, rows: Int[Tensor, " p"], total: Tensor, watch: Watch, limit: float) -> float | None:
+        """The gradient of rows; or, as soon as a ratio is further from 1 than the limit, how far it is."""
+        for one in self.each(rows):
+            if one is not None:
+                with self.trainer.model.sized(one[0].size):
+                    for call in self.calls(*one):
+                        self._backward(call, total, watch)
+            furthest = largest([watch.furthest()])[0] if limit < math.inf else 0.0
+            if furthest > limit:
+                return furthest
+        return None
+
+    def each(self, rows: Tensor) -> Iterator[tuple[Part, Tensor] | None]:
+        """This process's micro-batches of rows, turn by turn with the others, None for a turn that it has none in."""
         mine = self._micro_batches(rows)
         turns = self._turns(rows, len(mine))
         for turn in range(turns):
             self._stop_if_asked(turn, turns)
-            if turn < len(mine):
-                part, micro = mine[turn]
-                with trainer.model.sized(part.size):
-                    self._micro_batch(part, micro, total, watch)
-        return self._imitate()
+            yield mine[turn] if turn < len(mine) else None
 
     def _imitate(self) -> dict[str, float]:
         return {} if self.imitation is None else self.imitation.add()
@@ -115,7 +164,7 @@ class Update(OptimizerSteps):
         collection, world = self.trainer.collection, world_size()
         if world == 1:
             return mine
-        epoch, size = self._epoch(), self.trainer.sampling.batch_size
+        epoch, size = self.epoch(), self.trainer.sampling.batch_size
         most, rows = 0, rows[self.counted[rows]]
         for process in range(world):
             held = [collection.rows_of(epoch, part) for part in collection.shares(epoch, process)]
@@ -124,10 +173,11 @@ class Update(OptimizerSteps):
             most = max(most, sum(-(-count // size) for count in counts))
         return most
 
-    def _epoch(self) -> Epoch:
+    def epoch(self) -> Epoch:
         return self.trainer.epoch_of(self.trainer.state.epoch, self.trainer.state.rounds)
 
-    def _micro_batch(self, part: Part, micro: Int[Tensor, " p"], total: Tensor, watch: Watch) -> None:
+    def calls(self, part: Part, micro: Tensor) -> Iterator[Call]:
+        """The steps of a micro-batch that there is something to learn from, padded to the shape of all others."""
         trainer, batch = self.trainer, self.batch
         padded = torch.cat([micro, micro[-1:].expand(trainer.sampling.batch_size - len(micro))])
         samples = expand_rows(padded, batch.members)
@@ -148,32 +198,23 @@ class Update(OptimizerSteps):
             if self.step_weights:
                 advantages = advantages * self.step_weights[part.path, step.interval.index]
             apart = len(step.latents) // len(part.rows)  # rows of this call for each of the batch's
-            taken = step.rows(expand_rows(places, apart).to(step.latents.device)).to(trainer.model.device)
+            rows = expand_rows(places, apart)
+            taken = step.rows(rows.to(step.latents.device)).to(trainer.model.device)
             told = condition.rows(torch.arange(len(padded)).repeat_interleave(apart)) if apart > 1 else condition
             transition = part.path.transitions[step.interval.index]
-            self._backward(taken, transition, told, advantages, weights, total, watch, samples)
+            yield Call(at, rows, taken, transition, told, advantages, weights, samples)
 
-    def _backward(
-        self,
-        step: Step,
-        transition: Transition,
-        condition: Condition,
-        advantages: Tensor,
-        weights: Tensor,
-        total: Tensor,
-        watch: Watch,
-        samples: Tensor,
-    ) -> None:
+    def _backward(self, call: Call, total: Tensor, watch: Watch) -> None:
         """Add the gradient of one step of a micro-batch."""
-        trainer = self.trainer
+        trainer, step, samples, weights = self.trainer, call.step, call.samples, call.weights
         leaves = len(samples) // len(step.log_probs)  # of a step that samples share: it counts once for each of them
-        reference = self._reference(step, transition, condition, leaves)
-        new = replay(trainer.model, step, transition, condition, trainer.policy).repeated(leaves)
+        reference = self._reference(call, leaves)
+        new = call.replay(trainer.model, trainer.policy).repeated(leaves)
         if trainer.needs_old_mean():
             old_mean = self._old_mean(step, new.std, samples[::leaves])
             new = replace(new, old_mean=old_mean.repeat_interleave(leaves, 0))
         old, device = step.log_probs.repeat_interleave(leaves), new.log_probs.device
-        losses = trainer.loss(new, old, advantages.to(device), reference, step.interval)
+        losses = trainer.loss(new, old, call.advantages.to(device), reference, step.interval)
         trainer.optimizer.backward((losses * weights.to(device)).sum() / total.to(device))
         trainer.model.meter.count("backward")
         with torch.no_grad():
@@ -186,16 +227,16 @@ class Update(OptimizerSteps):
         Args:
             samples: the first that has come of each row of `step.latents_next`.
         """
-        collection, epoch, members = self.trainer.collection, self._epoch(), self.batch.members
+        collection, epoch, members = self.trainer.collection, self.epoch(), self.batch.members
         owners = [(epoch.rows[at // members], at % members) for at in samples.tolist()]
         drawn = [(group, first + member) for (group, first), member in owners]
         noise = collection.noise(epoch, drawn, "step", step.interval.index)
         return step.latents_next - std * noise.to(step.latents_next.device)
 
     @torch.no_grad()
-    def _reference(self, step: Step, transition: Transition, condition: Condition, leaves: int) -> Replay | None:
+    def _reference(self, call: Call, leaves: int) -> Replay | None:
         if not self.trainer.needs_reference():
             return None
         with self.trainer.as_reference():
-            made = replay(self.trainer.model, step, transition, condition, self.trainer.policy)
+            made = call.replay(self.trainer.model, self.trainer.policy)
         return made.repeated(leaves)

@@ -44,11 +44,20 @@ class Watch:
     """
 
     def __init__(self, names: Sequence[str], limit: float, device: torch.device) -> None:
-        self.names, self.limit, self.losses = tuple(names), limit, list[Loss]()
+        self.names, self.limit, self._device = tuple(names), limit, device
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what has been seen."""
+        self.losses, device = list[Loss](), self._device
         self._sums = torch.zeros(len(self.names) + 1, device=device)  # the last one is the weights'
         self._counts = torch.zeros(BINS, device=device)
         self._bad = torch.zeros(1, device=device)
         self._furthest = torch.zeros((), device=device)
+
+    def furthest(self) -> float:
+        """How far from 1 a ratio on this process is at most; 0 where ratios are not watched."""
+        return float(self._furthest)
 
     def add(
         self,
@@ -86,7 +95,7 @@ class Watch:
         found = {name: float(self._sums[i]) / total if total else math.nan for i, name in enumerate(self.names)}
         if "log_ratio" in found:
             del found["log_ratio"]
-            found = {"ratio_max": largest([float(self._furthest)])[0]} | found
+            found = {"ratio_max": largest([self.furthest()])[0]} | found
         return found
 
     def counts(self) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flowalign.config.hints import Call, Name, parse
+from flowalign.config.hints import Call, Name, Recipe, parse
 from flowalign.config.paths import ConfigError, dotted_name, locate
 
 
@@ -40,6 +40,8 @@ def plain(tree: Any) -> Any:
         return {"class": tree.path, **arguments_of(tree)}
     if isinstance(tree, Name):
         return tree.path
+    if isinstance(tree, Recipe):
+        return tree.config
     if isinstance(tree, list | tuple):
         return [plain(value) for value in tree]
     if isinstance(tree, dict):

@@ -6,6 +6,7 @@
     a dataclass                       a mapping of its fields
     any class, Protocol or Callable   {class: dotted.path, argument: value, ...} or just the string dotted.path
     Any                               plain data
+    Annotated[..., Elsewhere(hint)]   what fits that hint, checked and not made: another process makes it
 
 A dotted path to a class makes an instance. A bare path to a function is the function itself where the hint takes a
 callable; everywhere else, and always after `class:`, the function is called and its declared return type has to fit.
@@ -50,6 +51,21 @@ class Name:
     target: Any
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Plain data that an object is made of elsewhere; `allow_code`: classes outside the three packages may be named."""
+
+    config: Any
+    allow_code: bool
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Beside a hint in `Annotated`: the value becomes a `Recipe`, after it was checked against this hint."""
+
+    hint: Any
+
+
 def parse(target: Callable[..., Any], mapping: Mapping[str, Any], allow_code: bool = False) -> Call:
     """Check a mapping against the signature of a class or function, all the way down, without calling anything.
 
@@ -66,7 +82,11 @@ def parse(target: Callable[..., Any], mapping: Mapping[str, Any], allow_code: bo
 def read(value: Any, hint: Any, at: Place) -> Any:
     """A value checked against a hint: itself, a number made a float, a string made a Path, or a tree of calls."""
     if get_origin(hint) is Annotated:
-        hint = get_args(hint)[0]
+        hint, *notes = get_args(hint)
+        for note in notes:
+            if isinstance(note, Elsewhere):
+                read(value, note.hint, at)
+                return Recipe(value, at.allow_code)
     if hint in (Any, object) or isinstance(hint, TypeVar):
         return _data(value, at)
     members, kind = get_args(hint), get_origin(hint) or hint

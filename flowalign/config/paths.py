@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 PACKAGES = ("flowalign", "rewards", "trainers")
+OUTSIDE = "from outside flowalign, rewards and trainers; run it with --allow-code"
 
 _PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", re.ASCII)
 _log = logging.getLogger("flowalign")
@@ -61,7 +62,7 @@ def locate(path: str, allow_code: bool = False) -> Any:
     if not _PATH.fullmatch(path):
         raise ConfigError(f"expected a dotted path such as rewards.ShapesVerifier, got {path!r}")
     if not allow_code and path.split(".")[0] not in PACKAGES:
-        raise ConfigError(f"{path} is code from outside flowalign, rewards and trainers; run it with --allow-code")
+        raise ConfigError(f"{path} is code {OUTSIDE}")
     found = _walk(path)
     if not (isinstance(found, type) or inspect.isroutine(found)):
         raise ConfigError(f"{path} is a {type(found).__name__}, not a class or a function")

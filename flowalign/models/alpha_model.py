@@ -10,6 +10,7 @@ from torch import Tensor
 from flowalign.models.alpha_table import alpha_table, grid, norm, starts_scaled
 from flowalign.models.base import Latents, Sigma, Sigmas
 from flowalign.models.pipeline import PipelineModel
+from flowalign.records import Condition
 
 FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 ADDS_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
@@ -64,7 +65,7 @@ class AlphaModel(PipelineModel):
             return (1 - sigmas).square() + sigmas.square()
         return sigmas.square()
 
-    def start(self, noise: Latents, sigma: float) -> Latents:
+    def start(self, noise: Latents, sigma: float, condition: Condition | None = None) -> Latents:
         return noise * (sigma if starts_scaled(self.pipeline.scheduler) else norm(sigma))
 
     def finish(self, latents: Latents, sigma: float) -> Latents:

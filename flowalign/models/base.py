@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowalign.accounting import Meter
+from flowalign.meeting import meeting
+from flowalign.out_of_memory import ADVICE, CallSize
 from flowalign.records import Condition, Prompts, Size
 from flowalign.schedules import linear
 
 Latents = Float[Tensor, "b *d"]
 Sigma = float | Float[Tensor, "b *ones"]  # one for all rows, or one for each as a column beside the latents
 Sigmas = Float[Tensor, " b"]
+Older = Callable[[], Mapping[str, Tensor]]  # weights by name
 
 
 class Model(ABC):
@@ -35,12 +38,19 @@ class Model(ABC):
     embeddings_folder: Path | None = None  # where they are kept on a disk too
     steps_device: torch.device | None = None  # where an epoch's steps wait for their update; None for where they are
     takes_image: bool = False  # whether prompts name pictures that the model's media start from
+    policy_folder: str = "lora"  # what the policy's weights are written to, in a run's folder
+    sharded: bool = False  # its weights are in parts on several processes, which join in each other's calls
     scale_loss: bool = False  # gradients pass through fp16, whose small numbers vanish unless scaled up
 
     @cached_property
     def meter(self) -> Meter:
         """Counts this model's network calls."""
         return Meter()
+
+    @cached_property
+    def decode_size(self) -> CallSize:
+        """How many samples are decoded at once, once memory has run out."""
+        return CallSize("decoding", ADVICE["decode"])
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negatives: Sequence[str | None] | None = None) -> Condition:
@@ -113,6 +123,16 @@ class Model(ABC):
     def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
         """Pictures in [0, 1], differentiable in the latents."""
 
+    @torch.no_grad()
+    def decode_rows(self, latents: Latents, rows: int) -> Float[Tensor, "b *frames 3 h w"]:
+        """`decode` without gradient, so many rows at a time; half as many from then on where memory runs out."""
+
+        def some(at: range) -> Tensor:
+            self.meter.count("decode")
+            return self.decode(latents[at.start : at.stop])
+
+        return torch.cat(self.decode_size.apart(len(latents), rows, some))
+
     def encode_media(self, pixels: Float[Tensor, "b *frames 3 h w"]) -> Latents:
         """Latents at sigma 0 of media in [0, 1] that have the model's size, without gradient: `decode` turned round.
 
@@ -139,6 +159,35 @@ class Model(ABC):
     def save(self, folder: Path) -> None:
         """Write the policy's weights in the layout that the plain pipeline loads."""
 
+    def export(self) -> Callable[[Path], None]:
+        """What `save` is to be called by, on one process or more, while the weights are what they are now.
+
+        All processes ask for it together.
+        """
+        return self.save
+
+    def keep(self, start: bool, older: bool, values: Older) -> None:  # noqa: B027  # most need not
+        """Have at hand from now on what will be called; before any training, by all processes together.
+
+        Args:
+            start: whether `reference` is what is there now. older: whether `as_older` is what `values` give then.
+        """
+
+    def as_older(self) -> AbstractContextManager[None] | None:
+        """While entered, the network has an older policy's weights; None where the policy's own may be changed for it.
+
+        They may not be where other processes can join in a call with theirs.
+        """
+        return None
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to that of the policy's parameters."""
+        meeting().backward(loss) if self.sharded else loss.backward()
+
+    def slope(self, total: Tensor, at: Latents) -> Latents:
+        """The gradient of a number at latents that the network was given."""
+        return meeting().slope(total, at) if self.sharded else torch.autograd.grad(total, at)[0]
+
     def media_size(self, asked: Size) -> Size:
         """What is made where this size is asked for; `Size()` of a model that has one size only.
 
@@ -160,8 +209,14 @@ class Model(ABC):
         """What a velocity's squared error is multiplied by, to be the loss that the network was trained with; 1."""
         return torch.ones_like(sigmas)
 
-    def start(self, noise: Latents, sigma: float) -> Latents:
-        """Latents at the grid's first sigma from unit noise, as the pipeline itself starts there."""
+    def check_prompts(self, prompts: Prompts) -> None:  # noqa: B027  # most models take any
+        """Raises: ValueError for a prompt whose record lacks what the model makes its media from."""
+
+    def start(self, noise: Latents, sigma: float, condition: Condition | None = None) -> Latents:
+        """Latents at the grid's first sigma from unit noise, as the pipeline itself starts there.
+
+        condition: of the same rows; a model whose rollouts start from pictures finds them there.
+        """
         return noise
 
     def finish(self, latents: Latents, sigma: float) -> Latents:

@@ -18,11 +18,12 @@ from flowalign.fitting import fitted
 from flowalign.media import load
 from flowalign.models.base import Latents
 from flowalign.models.encoding import Told
-from flowalign.models.loading import load_pipeline
+from flowalign.models.loading import load_pipeline, unreadable
 from flowalign.models.memory import Memory, load_dtypes
 from flowalign.models.pipeline import DTYPES, Precision
 from flowalign.models.unet import StableDiffusion
 from flowalign.records import Condition, Size
+from flowalign.whole import Full
 
 KEPT = 64  # control pictures on the host; one of 512 x 512 has 3 MB
 
@@ -52,7 +53,7 @@ class ControlNet(StableDiffusion):
         pipeline: DiffusionPipeline | str,
         controlnet: str | None = None,
         conditioning_scale: float = 1.0,
-        lora: LoRA = LoRA(),
+        lora: LoRA | Full | None = LoRA(),
         height: int | None = None,
         width: int | None = None,
         negative_prompt: str = "",
@@ -147,7 +148,7 @@ def with_controlnet(pipeline: DiffusionPipeline | str, name: str, dtypes: Mappin
 
     plain = load_pipeline(pipeline, ("StableDiffusionPipeline",), dtypes)
     try:
-        controlnet = ControlNetModel.from_pretrained(name, torch_dtype=dtypes.get("controlnet"))
-    except OSError as error:
-        raise ValueError(f"the ControlNet {name!r} can be had neither as a folder nor from the hub: {error}") from error
+        controlnet = ControlNetModel.from_pretrained(name, torch_dtype=dtypes.get("controlnet"), use_safetensors=True)
+    except Exception as error:  # what stands in a folder decides which kind
+        raise unreadable(f"the ControlNet {name!r} can be had neither as a folder nor from the hub", error) from error
     return StableDiffusionControlNetPipeline(**plain.components, controlnet=controlnet, requires_safety_checker=False)

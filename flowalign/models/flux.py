@@ -23,6 +23,7 @@ class Flux(PatchModel):
     """
 
     pipelines = ("FluxPipeline",)
+    edits = True
     # the attention projections of diffusers' train_dreambooth_lora_flux.py, in joint and single blocks; it also adapts
     # the joint blocks' feed-forward layers
     targets = (

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowalign.out_of_memory import out_of_memory
+
 if TYPE_CHECKING:
     import torch
 
@@ -62,9 +64,19 @@ def _load(name: str, dtypes: Mapping[str, torch.dtype] | None) -> Any:
     _check_folder(name)
     try:
         place = Path(name).expanduser() if _is_path(name) else name
-        return DiffusionPipeline.from_pretrained(place, dtype=None if dtypes is None else dict(dtypes))
-    except OSError as error:
-        raise ValueError(f"the pipeline {name!r} can be had neither as a folder nor from the hub: {error}") from error
+        named = None if dtypes is None else dict(dtypes)
+        return DiffusionPipeline.from_pretrained(place, dtype=named, use_safetensors=True)
+    except Exception as error:  # what stands in a folder decides which kind
+        raise unreadable(f"the pipeline {name!r} can be had neither as a folder nor from the hub", error) from error
+
+
+def unreadable(line: str, error: Exception) -> Exception:
+    """The error, begun so, of a pipeline or a part of one that is not there, is broken, or would run its own code."""
+    if out_of_memory(error):
+        return error
+    pickled = "; pickled weights (*.bin) are not read: who trusts them saves them as safetensors once"
+    hint = pickled if "safetensors" in str(error) else ""
+    return ValueError(f"{line}: {str(error)[:400]}{hint}")
 
 
 def pipeline_class(name: str) -> str:
@@ -81,7 +93,7 @@ def pipeline_class(name: str) -> str:
         return str(
             DiffusionPipeline.load_config(str(Path(name).expanduser()) if _is_path(name) else name)["_class_name"]
         )
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name!r} is no diffusers pipeline, neither as a folder nor on the hub: {error}") from error
 
 

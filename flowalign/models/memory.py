@@ -11,6 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from flowalign.distributed import world_size
+from flowalign.sharding import Shard
+
 Quantization = Literal["no", "int8", "fp8", "nf4", "int8_bnb"]
 Offload = Literal["no", "group", "encoders"]
 PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "int8_bnb": "bitsandbytes"}
@@ -34,6 +37,7 @@ class Memory:
             whole at their seams.
         attention: diffusers' name of an attention backend: "native", "flash", "xformers", "_native_efficient", ...
         trajectory_on_cpu: an epoch's stored steps wait on the host for their update.
+        shard: of many processes each holds a part of the frozen network alone; see `Shard`. {} for its defaults.
 
     Not promised: that a quantised model's rollouts are those of the same model in full; they only are its own replay's.
 
@@ -48,6 +52,7 @@ class Memory:
     vae_tiling: bool = False
     attention: str = "native"
     trajectory_on_cpu: bool = False
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         from diffusers.models.attention_dispatch import AttentionBackendName
@@ -67,6 +72,15 @@ class Memory:
                 f"offload: group moves a layer's weight alone, and quantize {self.quantize} keeps it in several "
                 "tensors; drop one, or take offload: encoders"
             )
+        if self.shard is not None:
+            encoders = self.shard.encoders
+            self.shard.refuse({
+                f"quantize: {self.quantize}": self.quantize != "no",
+                "layerwise_casting": self.layerwise_casting,
+                "offload: group": self.offload == "group",
+                f"quantize_encoders: {self.quantize_encoders}": encoders and self.quantize_encoders != "no",
+                "offload: encoders": encoders and self.offload == "encoders",
+            })  # fmt: skip
 
     def check(self, gradient_checkpointing: bool, compiled: bool, device: torch.device) -> None:
         """Raises: ValueError where the model's other settings make one of these useless or wrong."""
@@ -80,6 +94,9 @@ class Memory:
         if hooked and compiled:
             raise ValueError("compile does not go with memory.layerwise_casting or memory.offload: group, whose hooks "
                              "replace weights at every call; drop one")  # fmt: skip
+        if self.shard is not None and compiled:
+            raise ValueError("compile does not go with memory.shard, whose processes join in each other's calls; drop "
+                             "one")  # fmt: skip
         if "nf4" in (self.quantize, self.quantize_encoders) and device.type == "cpu":
             raise ValueError("memory: nf4 is for GPUs; bitsandbytes' CPU code takes layers of some sizes only")
         if not (self.attention == "flex" or self.attention.startswith(("native", "_native"))) and device.type != "cuda":
@@ -100,37 +117,41 @@ class Memory:
 
 
 def load_dtypes(
-    networks: Sequence[str], precision: torch.dtype | None, decode: torch.dtype | None
+    networks: Sequence[str], precision: torch.dtype | None, decode: torch.dtype | None, whole: str | None = None
 ) -> dict[str, torch.dtype]:
     """What each component's weights are read as: networks and text encoders as the calls take them, all else float32.
 
     Args:
         networks: names of components. precision: of the networks' calls, None for float32. decode: of the VAE's.
+        whole: that of the networks all of whose weights are trained, in float32.
     """
     names = (*networks, "text_encoder", "text_encoder_2", "text_encoder_3")
-    chosen = {} if precision is None else dict.fromkeys(names, precision)
+    chosen = {} if precision is None else {name: precision for name in names if name != whole}
     return {"default": torch.float32, **chosen, "vae": decode or torch.float32}
 
 
 def place(
-    pipeline: Any, networks: Sequence[str], memory: Memory, dtype: torch.dtype | None, device: torch.device
-) -> None:
+    pipeline: Any, networks: Sequence[str], memory: Memory, dtype: torch.dtype | None, device: torch.device,
+    whole: str | None = None,
+) -> None:  # fmt: skip
     """Freeze, cast, quantise and move a pipeline's components; to be called before the policy is added.
 
     Args:
-        networks: names of the components that predict. dtype: of these, None for as they are.
+        networks: names of the components that predict. dtype: of these but `whole`, None for as they are.
     """
     for name, part in pipeline.components.items():
         if not isinstance(part, nn.Module):
             continue
         part.requires_grad_(False).eval()
         encoder, network = name.startswith("text_encoder"), name in networks
-        if network and dtype is not None:
+        if network and dtype is not None and name != whole:
             nn.Module.to(part, dtype)  # diffusers' own `to` warns that nothing is kept float32
         kind = memory.quantize if network else memory.quantize_encoders if encoder else "no"
         if kind != "no":
             quantize(part, kind, device)
         waits = (network and memory.offload == "group") or (encoder and memory.offload != "no")
+        if memory.shard is not None and world_size() > 1:  # a whole one may not fit there
+            waits = waits or network or (encoder and memory.shard.encoders)
         nn.Module.to(part, torch.device("cpu") if waits else device)
     if memory.vae_slicing:
         pipeline.vae.enable_slicing()

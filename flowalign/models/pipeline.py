@@ -14,29 +14,32 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flowalign.adapters import LoRA, add_policy, as_now, as_reference, policy_parameters, recomputed, save_policy
+from flowalign.adapters import LoRA, recomputed
+from flowalign.distributed import exchanging
 from flowalign.models.base import Latents, Sigma, Sigmas
 from flowalign.models.embedding_store import EmbeddingStore
 from flowalign.models.encoding import Embedding, Encoded, Told, embeddings_of, stacked
 from flowalign.models.fingerprints import config_of, text_facts
 from flowalign.models.loading import load_pipeline
 from flowalign.models.memory import Memory, autocast, device_of, encoders_on, finish, load_dtypes, place
-from flowalign.models.sized import SizedModel
+from flowalign.models.policies import PolicyModel, check_whole, policy_on
 from flowalign.records import Condition
 from flowalign.schedules import linear
+from flowalign.sharding import spread
+from flowalign.whole import Full
 
 Precision = Literal["no", "fp16", "bf16"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class PipelineModel(SizedModel):
+class PipelineModel(PolicyModel):
     """A diffusers pipeline with a LoRA policy on its network.
 
     A family says which pipelines it takes, and how they encode, call the network, and decode.
 
     Args:
         pipeline: the pipeline, a folder or hub id of one, or an embedded one: shapes, shapes-few-step, shapes-video.
-        lora: the policy.
+        lora: the policy. None, or `Full` with what to start from, for full fine-tuning: all of the network's weights.
         height, width: of the pictures, in pixels; None for the pipeline's default.
         max_sequence_length: of a prompt in tokens, where the family can choose; None for the pipeline's default.
         negative_prompt: what the unconditional call is told.
@@ -52,6 +55,7 @@ class PipelineModel(SizedModel):
         memory: what is done to make a big model fit.
         embeddings: a folder to keep them in, so that the next start encodes only what is new; see `EmbeddingStore`.
             T5-XXL's of 256 tokens have 2 MB a prompt in bf16. None for no such folder.
+        strength: in (0, 1], of rollouts that start from the prompts' own pictures (`EditingModel`); None for noise.
 
     Of a folder or hub id the network and the text encoders are read in `mixed_precision`, the VAE in
     `decode_precision`; of a pipeline that is given, the network is cast and the rest stays as it is.
@@ -68,7 +72,7 @@ class PipelineModel(SizedModel):
     def __init__(
         self,
         pipeline: DiffusionPipeline | str,
-        lora: LoRA = LoRA(),
+        lora: LoRA | Full | None = LoRA(),
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
@@ -83,28 +87,36 @@ class PipelineModel(SizedModel):
         embeddings_gb: float = 8.0,
         memory: Memory = Memory(),
         embeddings: str | None = None,
+        strength: float | None = None,
     ) -> None:
+        self.start_from(strength)
         self._autocast, self._decode_autocast = DTYPES.get(mixed_precision), DTYPES.get(decode_precision)
         names = (self.network_name, *self.beside_names)
-        dtypes = load_dtypes(names, self._autocast, self._decode_autocast)
+        whole = None if isinstance(lora, LoRA) else self.network_name
+        if whole is not None:
+            check_whole(memory, mixed_precision == "fp16")
+        dtypes = load_dtypes(names, self._autocast, self._decode_autocast, whole)
         self.pipeline: Any = load_pipeline(pipeline, self.pipelines, dtypes)
         self.device = torch.device(device) if device else device_of(self.pipeline)
         memory.check(gradient_checkpointing, compile, self.device)
         self.memory, network = memory, self.module
         self.dtype: torch.dtype = self._autocast or network.dtype  # type: ignore[assignment]  # some parts stay float32
         # autocast would cast frozen weights anew at every call
-        place(self.pipeline, names, memory, self._autocast, self.device)
+        place(self.pipeline, names, memory, self._autocast, self.device, whole)
         self.steps_device = torch.device("cpu") if memory.trajectory_on_cpu else None
         self.scale_loss = mixed_precision == "fp16"
         self.lora = lora
-        add_policy(self.pipeline, network, lora, self.targets)
+        self.policy = policy_on(self.pipeline, self.network_name, lora, self.targets)
+        self.policy_folder = self.policy.folder
         parts = {name: getattr(self.pipeline, name) for name in names}
         for part in parts.values():
             finish(part, memory, self.dtype, self.device)
             if gradient_checkpointing:
                 part.enable_gradient_checkpointing(recomputed)
+        self.sharded = spread(self.pipeline, names, memory.shard, self.device, self.policy.unsharded())
+        self.compiled = compile
         calls = {name: torch.compile(part) if compile else part for name, part in parts.items()}
-        self.call: Any = calls.pop(self.network_name)
+        self.call = calls.pop(self.network_name)
         self.beside: dict[str, Any] = calls
         self.max_sequence_length = self.tokens if max_sequence_length is None else max_sequence_length
         self.negative_prompt, self.grid = negative_prompt, grid
@@ -192,8 +204,8 @@ class PipelineModel(SizedModel):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def sigmas(self, steps: int) -> list[float]:
-        """See `Model.sigmas`; with `grid`, the scheduler's shift of grid(steps) without its final 0."""
+    def full_sigmas(self, steps: int) -> list[float]:
+        """See `EditingModel.full_sigmas`; with `grid`, the scheduler's shift of grid(steps) without its final 0."""
         scheduler, shift = self.flow_scheduler(), self.resolution_shift()
         if self.grid is None:
             scheduler.set_timesteps(steps, mu=shift)
@@ -249,7 +261,7 @@ class PipelineModel(SizedModel):
 
     def _predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Tensor:
         latents, told = latents.to(self.device), told.to(self.device)
-        with autocast(self.device, self._autocast):
+        with autocast(self.device, self._autocast), exchanging():
             return self.predict(latents, sigma, told, guidance_scale).float()
 
     def decode(self, latents: Latents) -> Float[Tensor, "b *frames 3 h w"]:
@@ -276,18 +288,6 @@ class PipelineModel(SizedModel):
         config = self.pipeline.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         return (self.pipeline.vae.encode(pixels).latent_dist.mode() - shift) * config.scaling_factor  # type: ignore[no-any-return]
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return policy_parameters(self.module)
-
-    def reference(self) -> AbstractContextManager[None]:
-        return as_reference(self.module, self.lora.reference if self.lora.start else "base")
-
-    def as_now(self) -> AbstractContextManager[None]:
-        return as_now(self.module)
-
-    def save(self, folder: Path) -> None:
-        save_policy(self.pipeline, self.module, folder, self.network_name)
 
 
 def timesteps(latents: Tensor, value: Sigma) -> Float[Tensor, " b"]:

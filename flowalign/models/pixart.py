@@ -15,8 +15,10 @@ from flowalign.models.alpha_model import AlphaModel
 from flowalign.models.alpha_table import norm
 from flowalign.models.base import Latents, Sigma
 from flowalign.models.encoding import Told
+from flowalign.models.loading import unreadable
 from flowalign.models.memory import Memory, load_dtypes
 from flowalign.models.pipeline import DTYPES, Precision, timesteps
+from flowalign.whole import Full
 
 CLEANERS = {"bs4": "beautifulsoup4", "ftfy": "ftfy"}  # what the pipelines clean captions with, and where it comes from
 
@@ -51,7 +53,7 @@ class PixArt(AlphaModel):
     def __init__(
         self,
         pipeline: DiffusionPipeline | str,
-        lora: LoRA = LoRA(),
+        lora: LoRA | Full | None = LoRA(),
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
@@ -166,12 +168,12 @@ def dmd_pipeline(
     dtypes = load_dtypes(("transformer",), DTYPES.get(precision), None)
     try:
         network = PixArtTransformer2DModel.from_pretrained(
-            student, subfolder="transformer", torch_dtype=DTYPES.get(precision, torch.float32)
+            student, subfolder="transformer", torch_dtype=DTYPES.get(precision, torch.float32), use_safetensors=True
         )
         scheduler = DDPMScheduler.from_pretrained(student, subfolder="scheduler")
         made: PixArtAlphaPipeline = PixArtAlphaPipeline.from_pretrained(
-            base, transformer=network, scheduler=scheduler, dtype=dtypes
+            base, transformer=network, scheduler=scheduler, dtype=dtypes, use_safetensors=True
         )
-    except OSError as error:
-        raise ValueError(f"PixArt-DMD cannot be had from {student!r} and {base!r}: {error}") from error
+    except Exception as error:  # what stands in a folder decides which kind
+        raise unreadable(f"PixArt-DMD cannot be had from {student!r} and {base!r}", error) from error
     return made

@@ -31,6 +31,7 @@ class QwenImage(PatchModel):
     """
 
     pipelines = ("QwenImagePipeline",)
+    edits = True
     tokens = 512
     # those of diffusers' train_dreambooth_lora_qwen_image.py: the pictures' attention projections, not the prompt's
     targets = ("to_k", "to_q", "to_v", "to_out.0")

@@ -20,6 +20,7 @@ class SD3(PipelineModel):
 
     pipelines = ("StableDiffusion3Pipeline",)
     tokens = 256
+    edits = True
     # Flow-GRPO's targets (arXiv:2505.05470): every attention projection of the joint blocks
     targets = (
         "attn.add_k_proj",

@@ -23,6 +23,7 @@ from flowalign.models.memory import Memory
 from flowalign.models.pipeline import PipelineModel, Precision, timesteps
 from flowalign.pictures import to_images
 from flowalign.records import Condition
+from flowalign.whole import Full
 
 PICTURES_KEPT = 64  # of those that videos start from; one has 12 MB at 81 frames of 480 x 832
 Frames = Float[Tensor, "b c f rows columns"]  # latents
@@ -55,7 +56,7 @@ class Wan(PipelineModel):
     def __init__(
         self,
         pipeline: DiffusionPipeline | str,
-        lora: LoRA = LoRA(),
+        lora: LoRA | Full | None = LoRA(),
         height: int = 480,
         width: int = 832,
         frames: int = 81,

@@ -15,6 +15,7 @@ from flowalign.models.encoding import Told
 from flowalign.models.memory import Memory
 from flowalign.models.patches import PatchModel
 from flowalign.models.pipeline import Precision, timesteps
+from flowalign.whole import Full
 
 
 class ZImage(PatchModel):
@@ -40,6 +41,7 @@ class ZImage(PatchModel):
     """
 
     pipelines = ("ZImagePipeline",)
+    edits = True
     tokens = 512
     # those of diffusers' train_dreambooth_lora_z_image.py: every attention projection, the refiners' too
     targets = ("to_k", "to_q", "to_v", "to_out.0")
@@ -47,7 +49,7 @@ class ZImage(PatchModel):
     def __init__(
         self,
         pipeline: DiffusionPipeline | str,
-        lora: LoRA = LoRA(),
+        lora: LoRA | Full | None = LoRA(),
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
@@ -64,6 +66,7 @@ class ZImage(PatchModel):
         embeddings_gb: float = 8.0,
         memory: Memory = Memory(),
         embeddings: str | None = None,
+        strength: float | None = None,
     ) -> None:
         if cfg_normalization < 0:
             raise ValueError(f"cfg_normalization must be at least 0, which is no bound, got {cfg_normalization}")
@@ -71,7 +74,7 @@ class ZImage(PatchModel):
         super().__init__(
             pipeline, lora, height, width, max_sequence_length, negative_prompt, grid, mixed_precision,
             decode_precision, gradient_checkpointing, compile, device, prompts_per_call, embeddings_gb,
-            memory, embeddings,
+            memory, embeddings, strength,
         )  # fmt: skip
 
     def default_size(self) -> int:

@@ -105,7 +105,7 @@ class Maker:
                 sigmas, steps = self.model.sigmas(asked.steps), Path((ODE(),) * asked.steps)
                 start_at, policy = torch.stack(noise).to(self.model.device), Policy(asked.guidance_scale)
                 made = rollout(self.model, self.model.condition(told), start_at, sigmas, steps, policy)
-                yield to_bytes(self.model.decode(made.latents))[: len(some)]
+                yield to_bytes(self.model.decode_rows(made.latents, most))[: len(some)]
 
 
 def parts(model: Model, reward: Judge | str, prompts: PromptData) -> tuple[Model, Judge | str, PromptData]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flowalign.media import IMAGE, REAL, REFERENCES, confined
+from flowalign.media import IMAGE, REAL, REFERENCES, confined, is_inline
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")  # the first of them that a table has
 SIZES = ("height", "width", "frames")
@@ -59,14 +59,17 @@ def check_fields(metadata: Mapping[str, Any], where: str) -> None:
 
 
 def references(folder: Path, names: object, where: str) -> list[str]:
-    """The files that a row names, relative to the folder of its data, as absolute paths; they must be in it."""
+    """The files that a row names, relative to the folder of its data, as absolute paths; they must be in it.
+
+    A picture that stands in the row itself stays as it is.
+    """
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{where}: "{REFERENCES}" must be a list of picture files, got {names!r}')
     try:
-        files = [confined(folder.resolve(), name) for name in names]
+        files = [name if is_inline(name) else confined(folder.resolve(), name) for name in names]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if isinstance(file, Path) and not file.is_file()]
     if missing:
         raise ValueError(f"{where}: the reference {missing[0]} is not a file")
     return [str(file) for file in files]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flowalign.report.reading import RunRecord
 
+BESIDE = "beside/"  # before the name of what took its time while a phase went on
 GRADIENT = 3  # a forward with its backward, in forwards: the backward is about twice the forward
 
 
@@ -36,11 +37,7 @@ class Work:
 
 def phases(run: RunRecord) -> tuple[Phase, ...]:
     """Time by phase, in the order of the metrics; "other" is what no phase measured (start-up, loading, logging)."""
-    totals: dict[str, float] = {}
-    for row in run.epochs + run.evaluations:
-        for name, value in row.values.items():
-            if name.startswith("time/") and math.isfinite(value):
-                totals[name.removeprefix("time/")] = totals.get(name.removeprefix("time/"), 0.0) + value
+    totals = {name: spent for name, spent in _seconds(run).items() if not name.startswith(BESIDE)}
     if not totals:
         return ()
     rest = run.seconds - sum(totals.values())
@@ -49,6 +46,22 @@ def phases(run: RunRecord) -> tuple[Phase, ...]:
     whole = sum(totals.values()) or 1.0
     epochs = max(len(run.epochs), 1)
     return tuple(Phase(name, spent, spent / epochs, spent / whole) for name, spent in totals.items())
+
+
+def beside(run: RunRecord) -> tuple[Phase, ...]:
+    """What ran beside the phases, in threads of its own; shares are of the run too, and add up with nothing."""
+    spent = {name.removeprefix(BESIDE): value for name, value in _seconds(run).items() if name.startswith(BESIDE)}
+    whole, epochs = run.seconds or 1.0, max(len(run.epochs), 1)
+    return tuple(Phase(name, value, value / epochs, value / whole) for name, value in spent.items())
+
+
+def _seconds(run: RunRecord) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for row in run.epochs + run.evaluations:
+        for name, value in row.values.items():
+            if name.startswith("time/") and math.isfinite(value):
+                totals[name.removeprefix("time/")] = totals.get(name.removeprefix("time/"), 0.0) + value
+    return totals
 
 
 def work(run: RunRecord) -> tuple[Work, ...]:

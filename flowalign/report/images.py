@@ -10,6 +10,7 @@ from zipfile import BadZipFile, ZipFile
 
 from PIL import Image
 
+from flowalign.media import MOST_PIXELS
 from flowalign.report.comparing import Changed, Comparison
 from flowalign.report.reading import RunRecord
 
@@ -75,7 +76,7 @@ def embed(content: bytes, widest: int, largest: int) -> Embedded:
 
     Raises: OSError where it is no picture.
     """
-    with Image.open(io.BytesIO(content)) as picture:
+    with _opened(content) as picture:
         picture.load()
         if max(picture.size) <= widest and len(content) <= largest and picture.format in FORMATS:
             return _embedded(content, FORMATS[picture.format], picture.size)
@@ -87,6 +88,17 @@ def embed(content: bytes, widest: int, largest: int) -> Embedded:
         if buffer.tell() <= largest:
             break
     return _embedded(buffer.getvalue(), "image/jpeg", smaller.size)
+
+
+def _opened(content: bytes) -> Image.Image:
+    """Raises: OSError where it is no picture of ours, or decodes to more than one of ours would."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=[*FORMATS])
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from error
+    if picture.width * picture.height > MOST_PIXELS:
+        raise OSError(f"{picture.width} x {picture.height} pixels")
+    return picture
 
 
 def _embedded(content: bytes, kind: str, size: tuple[int, int]) -> Embedded:
@@ -110,14 +122,15 @@ def _from_zip(path: Path, index: tuple[int, ...]) -> dict[int, Embedded]:
             kept = {i: members[f"{i:05d}"] for i in index if f"{i:05d}" in members}
             films = {i: archive.getinfo(f"{i:05d}.mp4") for i in kept if f"{i:05d}.mp4" in names}
             small = {i: archive.read(film) for i, film in films.items() if film.file_size <= LARGEST_FILM}
-            return {i: _shown(archive.read(name), small.get(i)) for i, name in kept.items()}
+            fit = {i: name for i, name in kept.items() if archive.getinfo(name).file_size <= MOST_PIXELS}
+            return {i: _shown(archive.read(name), small.get(i)) for i, name in fit.items()}
     except (OSError, BadZipFile):
         return {}
 
 
 def _shown(content: bytes, film: bytes | None) -> Embedded:
     """A picture, or a strip with its film."""
-    with Image.open(io.BytesIO(content)) as picture:
+    with _opened(content) as picture:
         strip = picture.width > 3 * picture.height
     if not strip:
         return embed(content, WIDEST, LARGEST)

@@ -25,7 +25,7 @@ from flowalign.report.comparing import (
     select,
 )
 from flowalign.report.concerns import concerns
-from flowalign.report.costs import phases, work
+from flowalign.report.costs import beside, phases, work
 from flowalign.report.curves import curves, histogram_rows
 from flowalign.report.headline import headline
 from flowalign.report.images import Pair, pairs, sheets
@@ -69,6 +69,7 @@ def render(run: RunRecord) -> str:
         tables=_tables(comparison),
         histograms=histogram_rows(run),
         phases=phases(run),
+        beside=beside(run),
         work=work(run),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=script,

@@ -19,8 +19,8 @@ from flowalign.randomness import key_generator
 from flowalign.records import Scores
 from flowalign.videos import stills
 from rewards.base import join_scores
-from trainers.batch import Batch, parts_of
-from trainers.collection import Epoch, no_steps
+from trainers.batch import Batch, no_steps, parts_of
+from trainers.collection import Epoch
 from trainers.forward_source import StoredPairs
 from trainers.forward_steps import ForwardSteps, Units
 from trainers.preflight.costs import Phases, Trial

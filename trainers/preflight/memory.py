@@ -48,8 +48,9 @@ class Switches:
 class Needs:
     """Bytes on the device.
 
-    weights: of the pipeline, by component. reward: its weights. policy: the LoRA, gradient, average and the optimizer's
-    moments. trajectory: an epoch's steps, twice: by micro-batch and joined. What comes one after the other: `learning`
+    weights: of the pipeline, by component; in full fine-tuning those of the network are of the copy that is its
+    reference. reward: its weights. policy: the LoRA or network, gradient, average and the optimizer's moments.
+    trajectory: an epoch's steps, twice: by micro-batch and joined. What comes one after the other: `learning`
     (activations of a micro-batch), `sampling` (of the largest call without gradient), `decoding`, and `encoding`, the
     weights of text encoders that are on the device for that alone.
     """
@@ -109,7 +110,7 @@ def predict(trainer: Trainer, cut: Geometry) -> Prediction | None:
         own = needs(trainer, model, cut, now, passing)
         least = own
         path, said = list[tuple[str, Needs]](), 0
-        for choice in () if own.fits(CARDS[0]) else switches(now):
+        for choice in () if own.fits(CARDS[0]) else switches(now, model.policy.whole):
             made = needs(trainer, model, cut, choice, passing)
             if made.total < least.total:  # what did not help yet is told with what did on top of it
                 path.append((" and ".join(choice.changed[said:]), made))
@@ -136,8 +137,8 @@ def present(trainer: Trainer, model: PipelineModel) -> Switches:
     return Switches(model.memory, network.is_gradient_checkpointing, model.dtype, trainer.sampling.batch_size)
 
 
-def switches(now: Switches) -> Iterator[Switches]:
-    """One more switch turned each time, those first that cost least in speed and likeness."""
+def switches(now: Switches, whole: bool = False) -> Iterator[Switches]:
+    """One more switch turned each time, those first that cost least; `whole`: all weights are trained, none packed."""
 
     def turned(told: str, more: Switches) -> Switches:
         return replace(more, changed=(*now.changed, told))
@@ -157,7 +158,8 @@ def switches(now: Switches) -> Iterator[Switches]:
     while now.batch_size > 1:
         size = now.batch_size // 2
         yield (now := turned(f"sampling.batch_size: {size}, rows_per_call likewise", replace(now, batch_size=size)))
-    if now.memory.quantize == "no" and not now.memory.layerwise_casting and now.memory.offload != "group":
+    plain = held.quantize == "no" and held.shard is None and not held.layerwise_casting and held.offload != "group"
+    if plain and not whole:
         for told, kind in (("int8", "int8"), ("nf4 instead", "nf4")):
             packed = replace(now.memory, quantize=kind)  # type: ignore[arg-type]
             yield (now := turned(f"model.memory.quantize: {told}", replace(now, memory=packed)))
@@ -210,14 +212,18 @@ def _light(memory: Memory) -> Memory:
 def needs(trainer: Trainer, model: PipelineModel, cut: Geometry, choice: Switches, passing: Passing) -> Needs:
     """What the run needs with these settings."""
     held = {name: resident(name, part, model, choice) for name, part in components(model).items()}
-    waiting = {name: size for name, size in held.items() if name.startswith("text_encoder")}
     memory, most = choice.memory, passing.called(choice.batch_size)
+    split = 1 if memory.shard is None else memory.shard.parts(len(cut.shares))
+    for name in (model.network_name, *model.beside):
+        held[name] //= split
+    waiting = {name: size for name, size in held.items() if name.startswith("text_encoder")}
     away = memory.offload != "no"
-    copied = copied_bytes(model.module, choice.precision) if memory.copies_weights else 0
+    gathers = memory.copies_weights or split > 1
+    copied = copied_bytes(model.module, torch.float32 if model.policy.whole else choice.precision) if gathers else 0
     return Needs(
         {name: size for name, size in held.items() if not (away and name in waiting)},
         reward_bytes(trainer),
-        policy_bytes(trainer),
+        policy_bytes(trainer) // (split if model.policy.whole else 1),
         0 if memory.trajectory_on_cpu else 2 * trajectory_bytes(trainer, cut),
         trainer.preflight().learning_bytes(choice, passing) + copied,
         passing.sampling(most, choice.precision),
@@ -234,6 +240,8 @@ def _most_rows(trainer: Trainer, cut: Geometry) -> int:
 
 def resident(name: str, part: nn.Module, model: PipelineModel, choice: Switches) -> int:
     """Bytes of a component's frozen weights on the device."""
+    if name == model.network_name and model.policy.whole:  # what is trained is counted as the policy
+        return 0 if model.kept is None else stored_bytes(model.kept.parameters())
     network, encoder = name in (model.network_name, *model.beside), name.startswith("text_encoder")
     if not network and not encoder:
         return stored_bytes([*part.parameters(), *part.buffers()])

@@ -193,8 +193,12 @@ def _memory(found: Preflight) -> Lines:
         return []
     needs = found.memory.needs
     weights = ", ".join(f"{name} {size(held)}" for name, held in needs.weights.items() if held)
+    model = found.trainer.model
+    whole = isinstance(model, PipelineModel) and model.policy.whole
+    start = "frozen, counted with the weights" if found.trainer.looks_back()[0] else "not kept: no loss reads it"
     shown = [
         ("weights", f"{size(sum(needs.weights.values()))}: {weights}"),
+        *([("the start's copy", start)] if whole else []),
         ("reward's weights", size(needs.reward)),
         ("policy", f"{size(needs.policy)} with its gradient, the optimizer's moments and the average"),
         ("an epoch's rollouts", size(needs.trajectory)),
