@@ -102,7 +102,8 @@ class Evaluator:
             beside: numbers from elsewhere that are logged with them.
         """
         started = time.monotonic()
-        made = self.sample(asked)
+        with self.model.meter.phase("evaluation"):
+            made = self.sample(asked)
         if made is None:
             return None
         scores = made.scores
