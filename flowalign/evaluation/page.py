@@ -1,0 +1,214 @@
+"""A sweep's report.html: one file, no network, from results.json and the media beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from flowalign import report
+from flowalign.report import formats
+from flowalign.report.images import LARGEST, LARGEST_FILM, WIDEST, Embedded, embed
+
+EACH = 4  # prompts on which an arm is most above its baseline, and as many on which it is most below
+MOST = 96  # pictures of a page
+HERE, SHARED = Path(__file__).parent, Path(report.__file__).parent
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """An arm's value in a row of bars. left, width: in percent of the row. shade: the arm's colour."""
+
+    arm: str
+    shade: int
+    value: float
+    low: float
+    high: float
+    change: str
+    real: bool
+    left: float
+    width: float
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A row of bars that share a scale. count: prompts."""
+
+    title: str
+    count: int
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A prompt from one seed: what the baseline and an arm have drawn, and their scores."""
+
+    prompt: str
+    label: str
+    before: Embedded | None
+    after: Embedded | None
+    scores: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The prompts on which an arm differs most from its baseline, by the headline number."""
+
+    arm: str
+    better: tuple[Shown, ...]
+    worse: tuple[Shown, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A benchmark: its numbers, its headline by categories, pictures."""
+
+    name: str
+    note: str
+    prompts: int
+    baseline: str
+    headline: str
+    numbers: tuple[Bars, ...]
+    categories: Mapping[str, tuple[Bars, ...]]
+    galleries: tuple[Gallery, ...]
+
+
+def render(results: Record, folder: Path) -> str:
+    """The page as HTML.
+
+    Args:
+        results: what results.json holds. folder: that its paths are relative to.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([HERE, SHARED]),
+        autoescape=True,  # prompts and names are the user's text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Any] = {"number": formats.number, "signed": formats.signed, "count": formats.count}
+    environment.filters.update(filters)
+    shades = {arm["name"]: i % 8 for i, arm in enumerate(results["arms"])}
+    left = [MOST]
+    return environment.get_template("sweep.html.j2").render(
+        arms=[(arm, shades[arm["name"]], _settings(arm)) for arm in results["arms"]],
+        sections=[_section(one, shades, results["seeds"], folder, left) for one in results["benchmarks"]],
+        seeds=results["seeds"],
+        comparisons=results["comparisons"],
+        fine=results["category_comparisons"],
+        notes=results["notes"],
+        style=Markup((SHARED / "page.css").read_text("utf-8") + (HERE / "sweep.css").read_text("utf-8")),
+    )
+
+
+def _settings(arm: Record) -> str:
+    return ", ".join(f"{name} {value}" for name, value in arm["settings"].items())
+
+
+def _section(one: Record, shades: Mapping[str, int], seeds: Sequence[int], folder: Path, left: list[int]) -> Section:
+    numbers = [
+        _bars(number["name"], number["row"], shades, _scale([number["row"]]), number["sort"])
+        for number in one["numbers"]
+    ]
+    first = one["numbers"][0] if one["numbers"] else None
+    told = first["categories"] if first else {}
+    categories = {
+        name: tuple(_bars(label, row, shades, _scale(rows.values())) for label, row in rows.items())
+        for name, rows in told.items()
+    }
+    shown = {name: tuple(row for row in rows if row.count) for name, rows in categories.items()}
+    galleries = [] if first is None else [_gallery(one, first, arm, folder, left) for arm in first["row"]["leads"]]
+    return Section(
+        name=one["name"],
+        note=one["note"],
+        prompts=len(one["prompts"]),
+        baseline=one["baseline"],
+        headline=first["name"] if first else "",
+        numbers=tuple(numbers),
+        categories={name: rows for name, rows in shown.items() if rows},
+        galleries=tuple(gallery for gallery in galleries if gallery.better or gallery.worse),
+    )
+
+
+def _scale(rows: Iterable[Record]) -> tuple[float, float]:
+    """The ends of what several rows of bars span together: 0 and 1 where all of it are shares."""
+    told = [_finite(arm[k]) for row in rows for arm in row["arms"].values() for k in ("value", "low", "high")]
+    values = [value for value in told if math.isfinite(value)]
+    least, most = min([0.0, *values]), max([0.0, *values])
+    return (0.0, 1.0) if least == 0 and 0.3 < most <= 1 else (least, most if most > least else least + 1.0)
+
+
+def _bars(title: str, row: Record, shades: Mapping[str, int], scale: tuple[float, float], sort: str = "score") -> Bars:
+    known = {arm: {k: _finite(v) for k, v in told.items()} for arm, told in row["arms"].items()}
+    least, span = scale[0], scale[1] - scale[0]
+    found = []
+    for arm, told in known.items():
+        lead = row["leads"].get(arm)
+        start, stop = sorted((0.0, told["value"] if math.isfinite(told["value"]) else 0.0))
+        change = formats.signed(_finite(lead["change"]["value"])) if lead and sort != "judge" else ""
+        place = (100 * (start - least) / span, 100 * (stop - start) / span)
+        real = bool(lead and lead["real"])
+        found.append(Bar(arm, shades[arm], told["value"], told["low"], told["high"], change, real, *place))
+    suffix = {"judge": " (wins against the baseline)", "distance": " (lower is nearer)"}.get(sort, "")
+    return Bars(title + suffix, max((int(told["count"]) for told in row["arms"].values()), default=0), tuple(found))
+
+
+def _finite(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _gallery(one: Record, number: Record, arm: str, folder: Path, left: list[int]) -> Gallery:
+    """The pairs of a prompt and a seed with the largest differences, one for each prompt."""
+    grids = number["grids"]
+    if number["sort"] != "score":
+        return Gallery(arm, (), ())
+    ours, theirs = (np.array(grids[name], dtype=float) for name in (arm, one["baseline"]))
+    change = np.nan_to_num(ours - theirs)
+    best, worst = change.argmax(1), change.argmin(1)
+    rows = range(len(change))
+    up = sorted((i for i in rows if change[i, best[i]] > 0), key=lambda i: -change[i, best[i]])[:EACH]
+    down = sorted((i for i in rows if change[i, worst[i]] < 0), key=lambda i: change[i, worst[i]])[:EACH]
+    shown = [[(i, int(at[i])) for i in chosen] for chosen, at in ((up, best), (down, worst))]
+    made = [tuple(_shown(one, arm, i, s, (theirs[i, s], ours[i, s]), folder, left) for i, s in part) for part in shown]
+    return Gallery(arm, made[0], made[1])
+
+
+def _shown(
+    one: Record, arm: str, prompt: int, seed: int, scores: tuple[float, float], folder: Path, left: list[int]
+) -> Shown:
+    pictures = [_picture(one["media"][name][prompt][seed], folder, left) for name in (one["baseline"], arm)]
+    label = ", ".join(labels[prompt] for labels in one["labels"].values() if labels[prompt])
+    told = (float(scores[0]), float(scores[1]))
+    return Shown(one["prompts"][prompt], label, pictures[0], pictures[1], told)
+
+
+def _picture(path: str | None, folder: Path, left: list[int]) -> Embedded | None:
+    """A picture, or a video that plays; None where it was not drawn, or the page has enough of them."""
+    if path is None or left[0] < 1:
+        return None
+    left[0] -= 1
+    file = folder / path
+    if file.suffix != ".zip" and file.suffix != ".mp4":
+        return embed(file.read_bytes(), WIDEST, LARGEST)
+    still = embed(_first_frame(file.with_suffix(".zip")), WIDEST, LARGEST)
+    film = file.read_bytes() if file.suffix == ".mp4" else b""
+    if not film or len(film) > LARGEST_FILM:
+        return still
+    return replace(still, film=f"data:video/mp4;base64,{base64.b64encode(film).decode()}")
+
+
+def _first_frame(file: Path) -> bytes:
+    from zipfile import ZipFile
+
+    with ZipFile(io.BytesIO(file.read_bytes())) as frames:
+        return frames.read(sorted(frames.namelist())[0])
