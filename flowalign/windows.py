@@ -11,8 +11,9 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
+from flowalign.gradient_plans import GradientPlan
 from flowalign.randomness import key_generator
-from flowalign.schedules import ChosenSteps, GradientPlan, Path, Plan, Window
+from flowalign.schedules import ChosenSteps, Path, Plan, Window
 from flowalign.transitions import ODE, Transition
 
 

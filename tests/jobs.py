@@ -17,11 +17,12 @@ from torch import Tensor
 
 from flowalign import checkpoint
 from flowalign.credit import GDPO
+from flowalign.gradient_plans import LastSteps, LateStep
 from flowalign.guidance import Guided
 from flowalign.models.sd3 import SD3
 from flowalign.randomness import key_generator
 from flowalign.records import Media, Prompts
-from flowalign.schedules import AllSteps, FanOut, LastSteps, LateStep, linear
+from flowalign.schedules import AllSteps, FanOut, linear
 from flowalign.transitions import DanceSDE, FlowSDE
 from flowalign.trees import Tree
 from flowalign.windows import PromptWindow, ShortTail

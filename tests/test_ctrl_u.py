@@ -15,11 +15,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from flowalign.gradient_plans import LastSteps
 from flowalign.memory_estimate import Peak
 from flowalign.models import ControlledUNet, ControlNet, StableDiffusion
 from flowalign.randomness import key_noise
 from flowalign.records import Maps, Prompts
-from flowalign.schedules import LastSteps
 from rewards import EdgeConsistency
 from rewards.base import FunctionReward
 from rewards.consistency import ValueConsistency

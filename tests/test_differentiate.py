@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from flowalign.differentiate import Drawn, differentiable_rollout, reference_velocity
+from flowalign.gradient_plans import LastSteps, LateStep
 from flowalign.memory_estimate import Peak
 from flowalign.models.gaussian import GaussianModel
 from flowalign.models.sd3 import SD3
 from flowalign.randomness import key_noise
 from flowalign.records import Condition
 from flowalign.rollout import Policy, rollout
-from flowalign.schedules import LastSteps, LateStep, flow_match_euler, linear
+from flowalign.schedules import flow_match_euler, linear
 from flowalign.transitions import DDIM, exact_kl, velocity_mse_kl
 from tests.families import CASES
 from tests.tiny import randomise_policy, tiny_sd3

@@ -14,19 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flowalign.gradient_plans import GaussianTruncation, GradientPlan, LastSteps, LateStep, RandomTruncation
 from flowalign.models.gaussian import GaussianModel
 from flowalign.randomness import key_noise
 from flowalign.records import Condition, Media, Prompts, Scores
-from flowalign.schedules import (
-    AllSteps,
-    GaussianTruncation,
-    GradientPlan,
-    LastSteps,
-    LateStep,
-    RandomTruncation,
-    flow_match_euler,
-    linear,
-)
+from flowalign.schedules import AllSteps, flow_match_euler, linear
 from flowalign.transitions import DDIM, FlowSDE
 from rewards.base import FunctionReward, Reward
 from tests.jobs import BY_GRADIENT, JOBS, draft_job, job, redness, rows

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowalign.advantages import best_and_worst
 from flowalign.cli import main
+from flowalign.gradient_plans import LastSteps
 from flowalign.models import SD3, StableDiffusion, Wan
 from flowalign.models.alpha_table import norm
 from flowalign.models.gaussian import GaussianModel
@@ -25,7 +26,6 @@ from flowalign.preferences.making import Maker, Settings
 from flowalign.randomness import key_generator
 from flowalign.records import Media, Prompts, Scores
 from flowalign.rollout import Policy
-from flowalign.schedules import LastSteps
 from flowalign.transitions import mean_of_elements, sum_of_elements
 from rewards.base import FunctionReward
 from tests.families import CASES, ddim, tiny_sd

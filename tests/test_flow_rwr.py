@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowalign.gradient_plans import LastSteps
 from flowalign.models.gaussian import GaussianModel
 from flowalign.randomness import key_noise
 from flowalign.records import Media, Prompts, Scores
-from flowalign.schedules import LastSteps, linear
+from flowalign.schedules import linear
 from flowalign.transitions import ODE
 from tests.jobs import rows, rwr_job
 from tests.test_flow_grpo import law, level, nothing

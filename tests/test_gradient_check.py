@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign.cli import main
+from flowalign.gradient_plans import LastSteps, LateStep
 from flowalign.memory_estimate import Peak
 from flowalign.models.sd3 import SD3
 from flowalign.records import Media, Prompts
-from flowalign.schedules import LastSteps, LateStep
 from rewards import CLIPScore, FaceIdentity
 from rewards.base import FunctionReward
 from tests.jobs import BY_GRADIENT, JOBS, PICTURED, PROMPTS, instruct_video_job, ipro_job, redness, rows

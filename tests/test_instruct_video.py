@@ -14,13 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign.fitting import centre_crop
+from flowalign.gradient_plans import LastSteps, LateStep
 from flowalign.media import real_media
 from flowalign.models import SD3
 from flowalign.pictures import to_bytes, to_images
 from flowalign.prompts import as_prompts
 from flowalign.records import Prompts, Size, intervals
 from flowalign.rollout import Policy
-from flowalign.schedules import LastSteps, LateStep, linear
+from flowalign.schedules import linear
 from flowalign.shapes.scenes import random_spec, render
 from flowalign.transitions import DDIM, ODE, exact_kl, velocity_mse_kl
 from flowalign.videos import mp4

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowalign.gradient_plans import LastSteps, LateStep
 from flowalign.media import real_media
 from flowalign.models import PipelineModel
 from flowalign.pictures import to_bytes, to_images
 from flowalign.records import Media, Prompts, Size
 from flowalign.rollout import Policy
-from flowalign.schedules import LastSteps, LateStep
 from flowalign.videos import mp4
 from rewards.base import FunctionReward
 from tests.families import CASES, Case

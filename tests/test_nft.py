@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowalign.advantages import group_advantages
+from flowalign.gradient_plans import LastSteps
 from flowalign.models.gaussian import GaussianModel
 from flowalign.randomness import key_generator
 from flowalign.records import Scores
-from flowalign.schedules import LastSteps, linear
+from flowalign.schedules import linear
 from flowalign.transitions import ODE
 from tests.jobs import nft_job, rows
 from tests.test_flow_grpo import law, level, nothing

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.schedules import LateStep, flow_match_euler
+from flowalign.gradient_plans import LateStep
+from flowalign.schedules import flow_match_euler
 from rewards.base import FunctionReward
 from tests.jobs import rows
 from tests.test_draft import CENTRE, GRID, Plane, gradient, nearness

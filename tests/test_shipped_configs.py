@@ -119,7 +119,7 @@ def test_aligned_prop_s_settings_are_the_published_ones() -> None:
     sampling = config["sampling"]
     assert [sampling[key] for key in ("groups", "group_size", "steps", "guidance_scale")] == [128, 1, 50, 5.0]
     plan = sampling["plan"]
-    assert (plan["class"], plan["mean"], plan["std"]) == ("flowalign.schedules.GaussianTruncation", 42, 5)
+    assert (plan["class"], plan["mean"], plan["std"]) == ("flowalign.gradient_plans.GaussianTruncation", 42, 5)
     assert plan["transition"] == {"class": "flowalign.transitions.DDIM", "eta": 1.0}
     assert (config["optimizer"]["learning_rate"], config["reward"]["weights"]) == (1e-3, [0.01])
     assert (config["kl_coef"], config["updates_per_epoch"], config["low_variance"]) == (0.0, 1, 0)
@@ -130,7 +130,7 @@ def test_refl_s_settings_are_the_published_ones() -> None:
     assert (config["margin"], config["coefficient"], config["reward"]) == (2.0, 1e-3, "imagereward")
     sampling = config["sampling"]
     assert [sampling[key] for key in ("steps", "guidance_scale")] == [40, 1.0]
-    assert sampling["plan"] == {"class": "flowalign.schedules.LateStep", "low": 30, "high": 39}
+    assert sampling["plan"] == {"class": "flowalign.gradient_plans.LateStep", "low": 30, "high": 39}
     assert config["epochs"] * config["updates_per_epoch"] == 100
 
 

@@ -13,21 +13,11 @@ from torch import Tensor
 
 from flowalign.cli import parse_trainer
 from flowalign.config import arguments_of, load_yaml
+from flowalign.gradient_plans import LastSteps
 from flowalign.models.gaussian import GaussianModel
 from flowalign.records import Media, Prompts, intervals
 from flowalign.rollout import rollout
-from flowalign.schedules import (
-    AllSteps,
-    Deterministic,
-    FanOut,
-    LastSteps,
-    Path,
-    Plan,
-    Window,
-    flow_match_euler,
-    linear,
-    shifted,
-)
+from flowalign.schedules import AllSteps, Deterministic, FanOut, Path, Plan, Window, flow_match_euler, linear, shifted
 from flowalign.step_weights import StepWeights, even_gradients, even_means, inverse_dt, noise_weights
 from flowalign.transitions import ODE, FlowSDE, TableSDE
 from flowalign.windows import (

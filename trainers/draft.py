@@ -23,10 +23,11 @@ from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.differentiate import Drawn, differentiable_rollout
+from flowalign.gradient_plans import LastSteps
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData
 from flowalign.rollout import Policy
-from flowalign.schedules import LastSteps, Path
+from flowalign.schedules import Path
 from flowalign.tracking import TrackerName
 from flowalign.transitions import ODE, velocity_mse_kl
 from rewards.base import Reward

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.distributed import check_started, rank
+from flowalign.gradient_plans import GradientPlan
 from flowalign.models import as_model
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData
 from flowalign.randomness import key_generator
 from flowalign.records import Condition, Scores
 from flowalign.rollout import Policy
-from flowalign.schedules import GradientPlan, Path
+from flowalign.schedules import Path
 from flowalign.tracking import TrackerName
 from rewards.base import Reward
 from trainers.base import Trainer, Worked

@@ -18,12 +18,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from flowalign.differentiate import Drawn, differentiable_rollout
+from flowalign.gradient_plans import LastSteps
 from flowalign.media import real_media
 from flowalign.models.base import Model
 from flowalign.models.editing import EditingModel
 from flowalign.prompts import PromptData
 from flowalign.records import Size
-from flowalign.schedules import LastSteps, Path
+from flowalign.schedules import Path
 from flowalign.tracking import TrackerName
 from flowalign.transitions import velocity_mse_kl
 from rewards.base import Reward

@@ -16,10 +16,10 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from flowalign.gradient_plans import LastSteps
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData
 from flowalign.records import Interval
-from flowalign.schedules import LastSteps
 from flowalign.tracking import TrackerName
 from flowalign.transitions import Reduce, velocity_mse_kl
 from rewards.base import Reward

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.accounting import Rows
+from flowalign.gradient_plans import GradientPlan
 from flowalign.records import Interval, Scores, expand_rows
 from flowalign.rollout import Replay
-from flowalign.schedules import GradientPlan, Path
+from flowalign.schedules import Path
 from flowalign.step_weights import StepWeights
 from rewards.base import Reward
 from trainers.base import Trainer, Worked

@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.accounting import Rows
+from flowalign.gradient_plans import LateStep
 from flowalign.models.base import Model
 from flowalign.prompts import PromptData
 from flowalign.randomness import key_generator
 from flowalign.rollout import Policy
-from flowalign.schedules import LateStep, Path
+from flowalign.schedules import Path
 from flowalign.tracking import TrackerName
 from rewards.base import Reward
 from trainers.batch import Sampling

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.differentiate import Drawn, check_recompute, differentiable_rollout
+from flowalign.gradient_plans import GradientPlan
 from flowalign.records import Scores
-from flowalign.schedules import GradientPlan, Path
+from flowalign.schedules import Path
 from rewards.base import Combination, Reward
 from trainers.base import Trainer, Worked
 from trainers.batch import Sampling, means

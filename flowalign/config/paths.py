@@ -44,8 +44,8 @@ def dotted_name(value: Any) -> str:
 
 
 def names_code(text: str) -> bool:
-    """Whether a text that may be something else is the dotted path of a module that python finds, and no file."""
-    if not _PATH.fullmatch(text) or Path(text).exists():
+    """Whether a text that may be something else is a dotted path into a package of others that python finds."""
+    if not _PATH.fullmatch(text) or is_ours(text) or Path(text).exists():
         return False
     return importlib.util.find_spec(text.split(".")[0]) is not None
 
