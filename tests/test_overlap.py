@@ -266,9 +266,10 @@ def interrupted_twice(folder: Path, rank: int = 0) -> str:
 
     def slow(media: Media, prompts: Prompts) -> torch.Tensor:
         time.sleep(0.3)
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)  # a thread's: python runs the handler in the main one
-            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)  # a thread's: python runs the handler in the main one, when that comes to it
+        while not trainer.stop.asked:
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
         time.sleep(0.2)
         return odd_rewards.drawing(media, prompts)
 
@@ -282,7 +283,8 @@ def interrupted_twice(folder: Path, rank: int = 0) -> str:
 
 def test_ctrl_c_twice_leaves_no_thread(tmp_path):
     (said,) = on_processes(1, tmp_path, functools.partial(interrupted_twice, tmp_path / "run"))
-    assert said == "KeyboardInterrupt ['MainThread', 'QueueFeederThread']" or said == "KeyboardInterrupt ['MainThread']"
+    assert said.startswith("KeyboardInterrupt ")
+    assert "flowalign" not in said
 
 
 def test_a_remote_reward_is_asked_several_times_at_once_by_default(tmp_path):
