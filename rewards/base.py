@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,22 +20,7 @@ from torch import Tensor
 from flowalign.config.paths import OUTSIDE, names_code
 from flowalign.out_of_memory import ADVICE, CallSize
 from flowalign.records import Media, Prompts, Scores
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a reward is.
-
-    weights: hub id and file, or where else they are from. licence: of the weights. usual: the range most scores lie in.
-    modality: what it looks at; "any" for what passes its media on. scope: what one score depends on: its own sample,
-    the samples of its group, which have to be scored together, or all that are scored together.
-    """
-
-    weights: str = ""
-    licence: str = ""
-    usual: tuple[float, float] | None = None
-    modality: Literal["image", "video", "latent", "any"] = "image"
-    scope: Literal["sample", "group", "set"] = "sample"
+from rewards.card import Card as Card
 
 
 class Reward(ABC):
