@@ -263,6 +263,7 @@ def test_a_run_that_is_killed_amid_a_score_comes_to_the_same(tmp_path, unbroken)
 def interrupted_twice(folder: Path, rank: int = 0) -> str:
     """The first signal is noted, the second one acts, while a score is awaited."""
     interrupt.PATIENCE = -1.0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the workers of pytest-xdist ignore
 
     def slow(media: Media, prompts: Prompts) -> torch.Tensor:
         time.sleep(0.3)
