@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 CONFIG = """\
 ClusterName=flowalign
 SlurmctldHost={host}
@@ -142,9 +144,10 @@ def disturbed(place: Path) -> int:
 
 
 def digest(folder: Path) -> str:
-    """Of the policy that a run leaves."""
+    """Of the policy's tensors that a run leaves; the order of a file's metadata is anyone's."""
     (file,) = (folder / "lora").glob("*.safetensors")
-    return sha256(file.read_bytes()).hexdigest()
+    tensors = load_file(file)
+    return sha256(b"".join(name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
 
 def main() -> None:
