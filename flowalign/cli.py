@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_train(commands)
     from flowalign import commands as others  # which import from here
     from flowalign import (
+        compare_command,
         doctor_command,
         eval_command,
         export_command,
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     others.add_sample(commands)
     others.add_score(commands)
     others.add_report(commands)
+    compare_command.add_compare(commands)
     others.add_check(commands)
     others.add_serve(commands)
     optimize_command.add_optimize(commands)

@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("flowalign", "rewards", "trainers")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
-# what each package may not import; cli.py and evaluation/ are the top and may import everything
+# what each package may not import; the commands, evaluation/ and comparison/ are the top and may import everything
 FORBIDDEN = {"flowalign": ("rewards", "trainers"), "rewards": ("trainers",), "trainers": ()}
 TOP = (
     "flowalign/cli.py",
     "flowalign/commands.py",
     "flowalign/optimize_command.py",
     "flowalign/eval_command.py",
+    "flowalign/compare_command.py",
     "flowalign/soup_command.py",
     "flowalign/prefer_command.py",
     "flowalign/export_command.py",
@@ -28,6 +29,7 @@ TOP = (
     "flowalign/slurm_command.py",
     "flowalign/__main__.py",
     "flowalign/evaluation/",
+    "flowalign/comparison/",
 )
 OPTIONAL = ("torchvision", "open_clip", "timm", "bitsandbytes", "torchao", "xformers", "deepspeed", "rapidocr")
 OPTIONAL += ("fastapi", "starlette", "uvicorn", "httpx", "av", "ftfy", "pyarrow", "datasets", "torch_fidelity")

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from flowalign import report
 from flowalign.report import formats
+from flowalign.report.bars import SHADES, Bar, Bars, placed, span
 from flowalign.report.images import LARGEST, LARGEST_FILM, WIDEST, Embedded, embed
 
 EACH = 4  # prompts on which an arm is most above its baseline, and as many on which it is most below
@@ -23,30 +24,6 @@ MOST = 96  # pictures of a page
 HERE, SHARED = Path(__file__).parent, Path(report.__file__).parent
 
 Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """An arm's value in a row of bars. left, width: in percent of the row. shade: the arm's colour."""
-
-    arm: str
-    shade: int
-    value: float
-    low: float
-    high: float
-    change: str
-    real: bool
-    left: float
-    width: float
-
-
-@dataclass(frozen=True)
-class Bars:
-    """A row of bars that share a scale. count: prompts."""
-
-    title: str
-    count: int
-    bars: tuple[Bar, ...]
 
 
 @dataclass(frozen=True)
@@ -98,7 +75,7 @@ def render(results: Record, folder: Path) -> str:
     )
     filters: dict[str, Any] = {"number": formats.number, "signed": formats.signed, "count": formats.count}
     environment.filters.update(filters)
-    shades = {arm["name"]: i % 8 for i, arm in enumerate(results["arms"])}
+    shades = {arm["name"]: i % SHADES for i, arm in enumerate(results["arms"])}
     left = [MOST]
     return environment.get_template("sweep.html.j2").render(
         arms=[(arm, shades[arm["name"]], _settings(arm)) for arm in results["arms"]],
@@ -141,23 +118,16 @@ def _section(one: Record, shades: Mapping[str, int], seeds: Sequence[int], folde
 
 
 def _scale(rows: Iterable[Record]) -> tuple[float, float]:
-    """The ends of what several rows of bars span together: 0 and 1 where all of it are shares."""
-    told = [_finite(arm[k]) for row in rows for arm in row["arms"].values() for k in ("value", "low", "high")]
-    values = [value for value in told if math.isfinite(value)]
-    least, most = min([0.0, *values]), max([0.0, *values])
-    return (0.0, 1.0) if least == 0 and 0.3 < most <= 1 else (least, most if most > least else least + 1.0)
+    return span(_finite(arm[k]) for row in rows for arm in row["arms"].values() for k in ("value", "low", "high"))
 
 
 def _bars(title: str, row: Record, shades: Mapping[str, int], scale: tuple[float, float], sort: str = "score") -> Bars:
     known = {arm: {k: _finite(v) for k, v in told.items()} for arm, told in row["arms"].items()}
-    least, span = scale[0], scale[1] - scale[0]
     found = []
     for arm, told in known.items():
         lead = row["leads"].get(arm)
-        start, stop = sorted((0.0, told["value"] if math.isfinite(told["value"]) else 0.0))
         change = formats.signed(_finite(lead["change"]["value"])) if lead and sort != "judge" else ""
-        place = (100 * (start - least) / span, 100 * (stop - start) / span)
-        real = bool(lead and lead["real"])
+        real, place = bool(lead and lead["real"]), placed(told["value"], scale)
         found.append(Bar(arm, shades[arm], told["value"], told["low"], told["high"], change, real, *place))
     suffix = {"judge": " (wins against the baseline)", "distance": " (lower is nearer)"}.get(sort, "")
     return Bars(title + suffix, max((int(told["count"]) for told in row["arms"].values()), default=0), tuple(found))

@@ -108,13 +108,13 @@ def _embedded(content: bytes, kind: str, size: tuple[int, int]) -> Embedded:
 def pairs(run: RunRecord, comparison: Comparison, chosen: tuple[Changed, ...]) -> tuple[Pair, ...]:
     """The chosen prompts with their pictures."""
     index = tuple(one.index for one in chosen)
-    before = _from_zip(run.zip_of(comparison.before_epoch), index)
-    after = _from_zip(run.zip_of(comparison.after_epoch), index)
+    before = from_zip(run.zip_of(comparison.before_epoch), index)
+    after = from_zip(run.zip_of(comparison.after_epoch), index)
     return tuple(Pair(one, before.get(one.index), after.get(one.index)) for one in chosen)
 
 
-def _from_zip(path: Path, index: tuple[int, ...]) -> dict[int, Embedded]:
-    """The pictures of these prompts, as far as they are there; none of a zip that was cut short."""
+def from_zip(path: Path, index: tuple[int, ...]) -> dict[int, Embedded]:
+    """An evaluation's pictures of these prompts, as far as they are there; none of a zip that was cut short."""
     try:
         with ZipFile(path) as archive:
             names = archive.namelist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,22 @@ def non_dominated(rows: Sequence[Sequence[float]]) -> list[bool]:
         ok and not any(fine and beats(other, row) for fine, other in zip(known, rows, strict=True))
         for ok, row in zip(known, rows, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Points, the names of their axes, and a title."""
+
+    points: Sequence[Point]
+    x_name: str
+    y_name: str
+    title: str
+
+
+def picture_of(one: Scatter) -> str:
+    """The plot as a data: URI, which keeps its style to itself inside a page."""
+    drawn = pareto_svg(one.points, one.x_name, one.y_name, one.title)
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawn.encode()).decode()}"
 
 
 def pareto_svg(points: Sequence[Point], x_name: str, y_name: str, title: str) -> str:
