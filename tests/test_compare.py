@@ -10,10 +10,11 @@ import pytest
 
 from flowalign.cli import main
 from flowalign.comparison import gather, markdown, render
-from flowalign.comparison.runs import names, unlike
+from flowalign.comparison.runs import names
 from flowalign.config import dump_yaml
 from flowalign.report.bars import placed, span
 from flowalign.report.comparing import difference
+from flowalign.report.differing import unlike
 from tests.test_report import ATTACK, jsonl, picture
 
 BEFORE = (0.0, 0.0, 1.0, 1.0)

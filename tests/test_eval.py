@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,9 @@ def test_a_page_stands_alone_and_shows_where_arms_differ(unbroken: Path) -> None
     assert (change >= 0).all()  # the best of three, by what is shown
     assert page.count("data:image/png;base64,") == 2 * int((change > 0).any(1).sum())
     assert "Where few/best is most above few/ode" in page
+    assert page.count("data:image/svg+xml;base64,") == 1  # CLIP over compute
+    assert "In what they differ" in page
+    assert re.search(r'<th>method</th><td class="value">ode</td><td class="value">best</td>', page)
     assert "most below" not in page
     assert (unbroken / "report.html").read_text().startswith("<!doctype html>")
 

@@ -13,11 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flowalign import report
-from flowalign.comparison.runs import FLATTERED, Compared, Gathered, Point, same_prompts, unlike
+from flowalign.comparison.runs import FLATTERED, Compared, Gathered, Point, same_prompts
 from flowalign.comparison.table import interval
 from flowalign.report import charts, formats
 from flowalign.report.bars import SHADES, Bar, Bars, placed, span
 from flowalign.report.comparing import by_kind
+from flowalign.report.differing import unlike
 from flowalign.report.headline import state
 from flowalign.report.images import Embedded, from_zip
 from flowalign.report.pareto import Point as Dot

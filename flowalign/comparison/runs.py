@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from flowalign.report.comparing import CLAUSE, Comparison, Difference, compare, difference
 from flowalign.report.costs import GRADIENT
@@ -175,24 +174,3 @@ def _notes(runs: Sequence[Compared], metric: str) -> list[str]:
     uncounted = [one.name for one in runs if not math.isfinite(one.compute)]
     notes += [f"{', '.join(uncounted)}: network rows were not counted"] if uncounted else []
     return notes
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config's values by their dotted keys; lists and empty mappings are values."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
-
-
-def unlike(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Dotted keys whose values differ, with each config's value in one line; "-" where it has none."""
-    every = [flat(config) for config in configs]
-    keys = dict.fromkeys(key for one in every for key in one)
-    told = {key: [_written(one[key]) if key in one else "-" for one in every] for key in keys}
-    return {key: values for key, values in told.items() if len(set(values)) > 1 and key != "folder"}
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, default=str)

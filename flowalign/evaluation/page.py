@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from markupsafe import Markup
 from flowalign import report
 from flowalign.report import formats
 from flowalign.report.bars import SHADES, Bar, Bars, placed, span
+from flowalign.report.differing import unlike
 from flowalign.report.images import LARGEST, LARGEST_FILM, WIDEST, Embedded, embed
+from flowalign.report.pareto import Point, Scatter, non_dominated, picture_of
 
 EACH = 4  # prompts on which an arm is most above its baseline, and as many on which it is most below
 MOST = 96  # pictures of a page
+PLOTS = 3  # pairs of scores
 HERE, SHARED = Path(__file__).parent, Path(report.__file__).parent
 
 Record = Mapping[str, Any]
@@ -48,7 +52,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Section:
-    """A benchmark: its numbers, its headline by categories, pictures."""
+    """A benchmark: its numbers, its headline by categories, pictures, and plots as a title and a data: URI."""
 
     name: str
     note: str
@@ -58,6 +62,7 @@ class Section:
     numbers: tuple[Bars, ...]
     categories: Mapping[str, tuple[Bars, ...]]
     galleries: tuple[Gallery, ...]
+    plots: tuple[tuple[str, str], ...]
 
 
 def render(results: Record, folder: Path) -> str:
@@ -79,7 +84,8 @@ def render(results: Record, folder: Path) -> str:
     left = [MOST]
     return environment.get_template("sweep.html.j2").render(
         arms=[(arm, shades[arm["name"]], _settings(arm)) for arm in results["arms"]],
-        sections=[_section(one, shades, results["seeds"], folder, left) for one in results["benchmarks"]],
+        differing=unlike([_identity(arm) for arm in results["arms"]]),
+        sections=[_section(one, shades, results["arms"], folder, left) for one in results["benchmarks"]],
         seeds=results["seeds"],
         comparisons=results["comparisons"],
         fine=results["category_comparisons"],
@@ -88,11 +94,15 @@ def render(results: Record, folder: Path) -> str:
     )
 
 
+def _identity(arm: Record) -> Record:
+    return {name: arm[name] for name in ("model", "lora", "method")} | arm["settings"]
+
+
 def _settings(arm: Record) -> str:
     return ", ".join(f"{name} {value}" for name, value in arm["settings"].items())
 
 
-def _section(one: Record, shades: Mapping[str, int], seeds: Sequence[int], folder: Path, left: list[int]) -> Section:
+def _section(one: Record, shades: Mapping[str, int], arms: Sequence[Record], folder: Path, left: list[int]) -> Section:
     numbers = [
         _bars(number["name"], number["row"], shades, _scale([number["row"]]), number["sort"])
         for number in one["numbers"]
@@ -114,7 +124,34 @@ def _section(one: Record, shades: Mapping[str, int], seeds: Sequence[int], folde
         numbers=tuple(numbers),
         categories={name: rows for name, rows in shown.items() if rows},
         galleries=tuple(gallery for gallery in galleries if gallery.better or gallery.worse),
+        plots=_plots(one, arms),
     )
+
+
+def _plots(one: Record, arms: Sequence[Record]) -> tuple[tuple[str, str], ...]:
+    """The headline over compute, and scores against each other, where there are two arms or more to tell apart."""
+    scores = {number["name"]: number["row"]["arms"] for number in one["numbers"] if number["sort"] == "score"}
+    costs = {arm["name"]: _finite(arm["compute"]["cost"]) for arm in arms}
+    if len(costs) < 2 or not scores:
+        return ()
+    headline = next(iter(scores))
+    pairs = [("forwards a picture", headline), *[*combinations(scores, 2)][:PLOTS]]
+    columns = {"forwards a picture": costs}
+    columns |= {name: {arm: _finite(told["value"]) for arm, told in row.items()} for name, row in scores.items()}
+    return tuple(plot for x, y in pairs if (plot := _plot(x, y, columns[x], columns[y], dear=x not in scores)))
+
+
+def _plot(
+    x_name: str, y_name: str, across: Mapping[str, float], up: Mapping[str, float], *, dear: bool
+) -> tuple[str, str] | None:
+    """A plot's title and URI; None where no arm has both. dear: less of x is better."""
+    arms = [arm for arm in up if math.isfinite(up[arm]) and math.isfinite(across.get(arm, math.nan))]
+    if not arms:
+        return None
+    best = non_dominated([(-across[arm] if dear else across[arm], up[arm]) for arm in arms])
+    dots = [Point(across[arm], up[arm], arm, ok) for arm, ok in zip(arms, best, strict=True)]
+    title = f"{y_name} {'over compute' if dear else f'against {x_name}'}"
+    return title, picture_of(Scatter(dots, x_name, y_name, title))
 
 
 def _scale(rows: Iterable[Record]) -> tuple[float, float]:
