@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Reward
+from rewards.card import Card
 from rewards.clip import CLIPScore
 from rewards.mask2former import CONFIDENCE, NAMES, Box, Detection, Detector, Objects
 from rewards.pixels import finite, pictures, to_eight_bit
@@ -191,6 +192,11 @@ class GenEval(Reward):
     """
 
     name = "geneval"
+    card = Card(
+        "facebook/mask2former-swin-small-coco-instance, openai/clip-vit-large-patch14",
+        'MIT (CLIP), "other" (the detector\'s card; its code: MIT)',
+        (0.0, 1.0),
+    )
 
     def __init__(
         self,

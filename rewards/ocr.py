@@ -13,6 +13,7 @@ from PIL import Image
 from flowalign.pictures import to_images
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Reward, simple_scores
+from rewards.card import Card
 from rewards.pixels import finite, pictures
 
 _log = logging.getLogger("flowalign")
@@ -33,6 +34,7 @@ class OCR(Reward):
     """
 
     name = "ocr"
+    card = Card("in RapidOCR's wheel: PP-OCR", "Apache-2.0", (0.0, 1.0))
 
     def __init__(self) -> None:
         try:
