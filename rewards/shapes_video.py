@@ -64,10 +64,14 @@ def _of_kind(found: list[dict[str, float]], kind: str) -> Float[Tensor, " b"]:
 
 
 def _spec(prompts: Prompts, index: int) -> Spec:
-    try:
-        return Spec.from_dict(prompts.metadata[index]["spec"])
-    except (KeyError, TypeError) as error:
+    told = prompts.metadata[index].get("spec")
+    if told is None:
         raise ValueError(
             f"prompt {index} ({prompts.text[index]!r}) has no metadata['spec'] for ShapesVideoVerifier; "
             "take prompts from flowalign.shapes.video.train_prompts or held_out_prompts"
-        ) from error
+        )
+    try:
+        return Spec.from_dict(told)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"prompt {index} ({prompts.text[index]!r}): metadata['spec'] is no scene: {reason}") from error

@@ -334,6 +334,29 @@ def test_a_prompt_without_a_spec_is_named() -> None:
         ShapesVerifier().score(Media(torch.rand(1, 3, SIZE, SIZE)), Prompts(("a dog",), ({"spec": "dog"},)))
 
 
+RED = {"color": "red", "shape": "circle"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"kind": "single"}, "it has no 'groups'"),
+        ({"kind": "single", "groups": [RED | {"color": "purplish"}]}, "color 'purplish' is none of red, green, blue"),
+        ({"kind": "single", "groups": [RED | {"shape": "disc"}]}, "shape 'disc' is none of circle"),
+        ({"kind": "size", "groups": [RED | {"size": "huge"}]}, "size 'huge' is none of small, large"),
+        ({"kind": "count", "groups": [RED | {"count": 0}]}, "count must be a positive whole number, not 0"),
+        ({"kind": "single", "groups": [RED | {"sizes": "large"}]}, "unexpected keyword argument 'sizes'"),
+        ({"kind": "relation", "groups": [RED], "relation": "left of"}, "it has 1 groups, and needs at least 2"),
+        ({"kind": "one", "groups": [RED]}, "kind 'one' is none of single"),
+        (3, "metadata['spec'] is no scene"),
+    ],
+)
+def test_what_is_wrong_with_a_spec_is_said(spec: object, told: str) -> None:
+    with pytest.raises(ValueError, match=r"prompt 0 \('a dog'\)") as caught:
+        ShapesVerifier().score(Media(torch.rand(1, 3, SIZE, SIZE)), Prompts(("a dog",), ({"spec": spec},)))
+    assert told in str(caught.value)
+
+
 def test_a_broken_picture_has_no_score() -> None:
     pixels = torch.cat([picture(one("red", "circle"))] * 2)
     pixels[0, 0, 0, 0] = torch.nan

@@ -308,6 +308,14 @@ def test_a_prompt_without_a_spec_is_named() -> None:
         ShapesVideoVerifier().score(Media(torch.rand(2, 9, 3, SIZE, SIZE)), prompts)
 
 
+def test_what_is_wrong_with_a_spec_is_said() -> None:
+    spec = {"kind": "move", "actors": [{"color": "red", "shape": "circle", "motion": "sideways"}]}
+    with pytest.raises(
+        ValueError, match=r"prompt 0 .*no scene: motion 'sideways' is none of left, right, up, down, still"
+    ):
+        ShapesVideoVerifier().score(Media(torch.rand(1, 9, 3, SIZE, SIZE)), Prompts(("x",), ({"spec": spec},)))
+
+
 def test_a_broken_video_has_no_score() -> None:
     videos = torch.cat([film(course(RED, (22.0, 14.0), (10.0, 14.0)))] * 2)
     videos[0, 3, 0, 0, 0] = torch.nan

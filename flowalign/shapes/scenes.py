@@ -37,23 +37,49 @@ RADII: dict[str | None, tuple[float, float]] = {"small": (3.4, 4.2), "large": (5
 NUMBERS = {2: "two", 3: "three"}
 
 
+def known(name: str, value: Any, words: tuple[Any, ...]) -> None:
+    """Raises: ValueError for a value that is none of these words."""
+    if value not in words:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(str(word) for word in words if word is not None)}")
+
+
 @dataclass(frozen=True)
 class Group:
-    """`count` objects of one colour and shape, of a size if one is asked for ("small" or "large")."""
+    """`count` objects of one colour and shape, of a size if one is asked for ("small" or "large").
+
+    Raises: ValueError for words that this world does not know, and a count that is no positive whole number.
+    """
 
     color: str
     shape: str
     count: int = 1
     size: str | None = None
 
+    def __post_init__(self) -> None:
+        known("color", self.color, tuple(COLORS))
+        known("shape", self.shape, SHAPES)
+        known("size", self.size, tuple(RADII))
+        if not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"count must be a positive whole number, not {self.count!r}")
+
 
 @dataclass(frozen=True)
 class Spec:
-    """What a caption asks for: groups of objects and, between the first two groups, perhaps a relation."""
+    """What a caption asks for: groups of objects and, between the first two groups, perhaps a relation.
+
+    Raises: ValueError for no group, an unknown kind or relation, and a relation of fewer than two groups.
+    """
 
     kind: str
     groups: tuple[Group, ...]
     relation: str | None = None
+
+    def __post_init__(self) -> None:
+        known("kind", self.kind, KINDS)
+        known("relation", self.relation, (*RELATIONS, None))
+        least = 1 if self.relation is None else 2
+        if len(self.groups) < least:
+            raise ValueError(f"it has {len(self.groups)} groups, and needs at least {least}")
 
     @property
     def unseen(self) -> bool:
@@ -66,8 +92,8 @@ class Spec:
 
     @staticmethod
     def from_dict(data: Any) -> Spec:
-        """The inverse of `to_dict`. Raises: KeyError or TypeError for other data."""
-        return Spec(data["kind"], tuple(Group(**group) for group in data["groups"]), data["relation"])
+        """The inverse of `to_dict`. Raises: KeyError, TypeError or ValueError for other data."""
+        return Spec(data["kind"], tuple(Group(**group) for group in data["groups"]), data.get("relation"))
 
 
 def _distinct_objects(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flowalign.shapes.scenes import COLORS, SHAPES, UNSEEN
+from flowalign.shapes.scenes import COLORS, SHAPES, UNSEEN, known
 
 FRAMES = 9  # 4 k + 1, as Wan's autoencoder takes them
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -34,6 +34,8 @@ class Actor:
 
     motion: a direction or "still"; None where the spec's meeting says it. speed: "slowly" or "quickly", if the caption
     says so. becomes: the colour it has in the end, where that is another one.
+
+    Raises: ValueError for words that this world does not know.
     """
 
     color: str
@@ -42,17 +44,33 @@ class Actor:
     speed: str | None = None
     becomes: str | None = None
 
+    def __post_init__(self) -> None:
+        known("color", self.color, tuple(COLORS))
+        known("shape", self.shape, SHAPES)
+        known("motion", self.motion, (*DIRECTIONS, STILL, None))
+        known("speed", self.speed, (*SPEEDS, None))
+        known("becomes", self.becomes, (*COLORS, None))
+
 
 @dataclass(frozen=True)
 class Spec:
     """What a caption asks for: one or two objects, all of different colours and shapes, and perhaps a meeting.
 
     meeting: "meet" or "part", where the caption is about both objects together.
+
+    Raises: ValueError for an unknown kind or meeting, no object, and a meeting of one.
     """
 
     kind: str
     actors: tuple[Actor, ...]
     meeting: str | None = None
+
+    def __post_init__(self) -> None:
+        known("kind", self.kind, KINDS)
+        known("meeting", self.meeting, (*MEETINGS, None))
+        least = 1 if self.meeting is None else 2
+        if len(self.actors) < least:
+            raise ValueError(f"it has {len(self.actors)} actors, and needs at least {least}")
 
     @property
     def unseen(self) -> bool:
@@ -71,8 +89,8 @@ class Spec:
 
     @staticmethod
     def from_dict(data: Any) -> Spec:
-        """The inverse of `to_dict`. Raises: KeyError or TypeError for other data."""
-        return Spec(data["kind"], tuple(Actor(**actor) for actor in data["actors"]), data["meeting"])
+        """The inverse of `to_dict`. Raises: KeyError, TypeError or ValueError for other data."""
+        return Spec(data["kind"], tuple(Actor(**actor) for actor in data["actors"]), data.get("meeting"))
 
 
 def _choose(options: tuple[str, ...] | list[str], rng: np.random.Generator) -> str:
