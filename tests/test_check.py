@@ -27,6 +27,7 @@ from trainers.preflight.costs import Space, Times
 from trainers.preflight.findings import of_costs
 from trainers.preflight.folder import of_folder
 from trainers.preflight.geometry import floor_rows, geometry, looked_at, planned_steps, spent_rows
+from trainers.preflight.policy import waited
 from trainers.preflight.problems import of_settings
 from trainers.state import State
 
@@ -312,6 +313,19 @@ def test_estimates_follow_from_their_parts():
     times = Times(4.0, 2.0, 1.0, 3.0, 7.0, 5, 0.5, 6, 2.0, 100)
     assert times.epoch == 10
     assert times.run == 1000 + 35 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "beside", "calls", "seconds"),
+    [(6.0, 4.0, 1, 6.0), (2.0, 8.0, 4, 0.5), (6.0, 4.0, 4, 3.0), (0.0, 4.0, 4, 0.0)],
+)
+def test_rewards_beside_rollouts_are_waited_for_in_part(reward, beside, calls, seconds):
+    """As a line of calls that roll out for `beside / calls` each, while one reward is made after another."""
+    assert waited(reward, beside, calls) == pytest.approx(seconds)
+    done = 0.0
+    for call in range(1, calls + 1):
+        done = max(done, call * beside / calls) + reward / calls
+    assert waited(reward, beside, calls) == pytest.approx(done - beside)
 
 
 def test_what_is_in_the_run_folder_is_told(tmp_path):

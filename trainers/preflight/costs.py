@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Phases(NamedTuple):
-    """Seconds of an epoch."""
+    """Seconds of an epoch; of the rewards those that are not made beside the rollouts."""
 
     rollout: float
     decode: float

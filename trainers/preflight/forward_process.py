@@ -27,7 +27,7 @@ from trainers.preflight.costs import Phases, Trial
 from trainers.preflight.family import Family, Lines
 from trainers.preflight.findings import spread
 from trainers.preflight.geometry import Geometry, PlannedStep, looked_at, padded, steps_of_paths
-from trainers.preflight.policy import share_of
+from trainers.preflight.policy import share_of, waited
 from trainers.preflight.problems import Found, error, warning
 from trainers.preflight.trial import Learning, Rollouts, caption, gradient_norm, sample_first, timed
 from trainers.state import Collected
@@ -209,9 +209,9 @@ class ForwardProcessFamily(Family):
         turns = max(cut.shares)
         rows = trainer.source.needed(padded(trainer.collection.epoch(0), turns * cut.batch_size)).forward
         samples = min(turns * cut.batch_size, cut.rows) * cut.members
-        return Phases(
-            rows * made.seconds_per_row, samples * made.seconds_per_decode, samples * made.seconds_per_score, update
-        )
+        rollout, decode = rows * made.seconds_per_row, samples * made.seconds_per_decode
+        reward = waited(samples * made.seconds_per_score, rollout + decode, turns if trainer.ahead() else 1)
+        return Phases(rollout, decode, reward, update)
 
     def _dearer(self) -> float:
         """What an optimizer step costs on average over what the first one does, which needs no older policy."""

@@ -161,13 +161,10 @@ class PolicyFamily(Family):
         needed, scoring = trainer.collection.needed, trainer.collection.scoring_rows
         rows = fmean((needed(epoch, no_steps, False) + scoring(epoch)).cost for epoch in rolled)  # padding included
         trained = fmean(len(trainer.trained_steps(epoch.path)) for epoch in epochs)
-        samples = min(turns * size, cut.rows) * cut.members
-        return Phases(
-            rows * made.seconds_per_row,
-            samples * made.seconds_per_decode,
-            samples * made.seconds_per_score,
-            update_turns * trained * trial.learning.seconds_per_step,
-        )
+        samples = min(turns * size, cut.rows) * cut.members  # a sample's completions are among its seconds
+        rollout, decode = rows * made.seconds_per_row, samples * made.seconds_per_decode
+        reward = waited(samples * made.seconds_per_score, rollout + decode, turns if trainer.ahead() else 1)
+        return Phases(rollout, decode, reward, update_turns * trained * trial.learning.seconds_per_step)
 
     def kept_bytes(self, cut: Geometry) -> int:
         """Latents before and after every stochastic step and their log-probs, float32; those at the end if kept too."""
@@ -220,6 +217,11 @@ class PolicyFamily(Family):
             ("gradient's norm", f"{learning.grad_norm:.4g}, of one micro-batch"),
             ("first ratio", ratio if learning.off == learning.off else ""),
         ]
+
+
+def waited(reward: float, beside: float, calls: int) -> float:
+    """Seconds of an epoch that its rewards are waited for, where all but the last call are made beside the rollouts."""
+    return max(reward - beside * (calls - 1) / calls, reward / calls)
 
 
 def share_of(value: float) -> str:

@@ -61,7 +61,7 @@ class Rollouts:
     Without groups, the scores. heading, captions: of the contact sheet, and of its pictures.
     pixels: the first group's, of videos strips of frames. medium: the first picture or video, in 8 bits.
     repeatable: whether the same pictures got the same scores the second time.
-    Seconds: per row of a network call, per picture decoded, per picture scored.
+    Seconds: per row of a network call; per sample for decoding and scoring, its completions among them.
     """
 
     batch: Batch
