@@ -2,6 +2,9 @@
 
 A note is one small entry in the store at which the processes have met, written when a phase begins or ends and read by
 those who wait. Alone, a process notes nothing.
+
+Moments are seconds since the processes have met, by each one's steady clock: they all meet within a moment, while the
+hosts' wall clocks may be hours apart or be set amid a run.
 """
 
 from __future__ import annotations
@@ -22,17 +25,12 @@ LEFT_AFTER = 0.5  # of the time that others are waited for, before a line says f
 
 @dataclass(frozen=True)
 class Note:
-    """What a process has said of itself: what it does, since when on its host's clock, or what it has failed with."""
+    """What a process has said of itself: what it does, for how many seconds, or what it has failed with."""
 
     rank: int
     doing: str
-    since: float
+    age: float
     failed: str = ""
-
-    @property
-    def age(self) -> float:
-        """Seconds since then, by this host's clock."""
-        return max(time.time() - self.since, 0.0)
 
     @property
     def where(self) -> str:
@@ -41,7 +39,7 @@ class Note:
 
 
 class Watchdog:
-    """This process's notes, and a thread that says whom it waits for when that takes long.
+    """This process's notes, and a thread that says whom it waits for when that takes long; made once all have met.
 
     Args:
         store: torch's, at which the processes have met. seconds: that others are waited for, then it is an error.
@@ -49,16 +47,20 @@ class Watchdog:
 
     def __init__(self, store: Any, rank: int, world: int, seconds: float) -> None:
         self.store, self.rank, self.world, self.seconds = store, rank, world, seconds
-        self._open = [(STARTING, time.time())]
+        self._met = time.monotonic()
+        self._open = [(STARTING, self._now())]
         self._waiting: float | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="flowalign-watchdog", daemon=True)
         self.write()
         self._thread.start()
 
+    def _now(self) -> float:
+        return time.monotonic() - self._met
+
     def enter(self, doing: str) -> None:
         """A phase, or waiting, begins."""
-        self._open.append((doing, time.time()))
+        self._open.append((doing, self._now()))
         if doing == WAITING:
             self._waiting = time.monotonic()
         self.write()
@@ -69,7 +71,7 @@ class Watchdog:
         if doing == WAITING:
             self._waiting = None
         if self._open[-1][0] in (STARTING, BETWEEN):
-            self._open[-1] = (BETWEEN, time.time())
+            self._open[-1] = (BETWEEN, self._now())
 
     def write(self, failed: str = "") -> None:
         """Note what this process does now, or what it has failed with."""
@@ -85,7 +87,8 @@ class Watchdog:
         for rank in range(self.world):
             try:
                 if rank != self.rank and self.store.check([f"flowalign/{rank}"]):
-                    found.append(Note(rank, *json.loads(self.store.get(f"flowalign/{rank}"))))
+                    doing, since, failed = json.loads(self.store.get(f"flowalign/{rank}"))
+                    found.append(Note(rank, doing, max(self._now() - since, 0.0), failed))
             except RuntimeError:
                 break  # the process that keeps the store has gone
         return found

@@ -17,9 +17,11 @@ import typecheck
 from flowalign import distributed
 
 FORK = multiprocessing.get_context("fork")
+# seconds that processes may take; a busy machine may need more
+PATIENCE = float(os.environ.get("FLOWALIGN_TEST_SECONDS", "60"))
 
 
-def run(world: int, place: Path, work: Callable[[int], Any], seconds: float = 60) -> list[Any]:
+def run(world: int, place: Path, work: Callable[[int], Any], seconds: float = PATIENCE) -> list[Any]:
     """What `work(rank)` returns on each of `world` processes.
 
     Raises: RuntimeError with the traceback of a process that fails, or the ranks that do not end in time.
@@ -52,7 +54,7 @@ def run(world: int, place: Path, work: Callable[[int], Any], seconds: float = 60
     return [found[rank] for rank in range(world)]
 
 
-def killed(work: Callable[[], Any], seconds: float = 60) -> int:
+def killed(work: Callable[[], Any], seconds: float = PATIENCE) -> int:
     """The exit code of a process that does `work`, negative for the signal that killed it."""
     typecheck.make_all()
     process = FORK.Process(target=_alone, args=(work,))

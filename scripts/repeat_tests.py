@@ -1,0 +1,65 @@
+"""The same tests again and again: how many repeats pass without a flake, and what those that fail say.
+
+    python scripts/repeat_tests.py --times 200
+    python scripts/repeat_tests.py --times 50 tests/test_overlap.py -k signal
+
+Without arguments of pytest's own it takes the tests of several processes: what is the same on any number of them, what
+a signal stops, and what their clocks have to do with it. Every repeat is a pytest of its own; of one that fails the
+whole output is left in --out. Ctrl-C ends it with the rate so far. Exit status 1 where any repeat has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = ["tests/test_processes.py", "tests/test_stops.py", "tests/test_clocks.py"]
+
+
+def once(words: Sequence[str], log: Path) -> tuple[bool, str]:
+    """Whether all tests pass, and pytest's last line; the log stays where one fails."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", *words]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("w") as file:
+        code = subprocess.run(command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT).returncode
+    said = log.read_text().strip().splitlines()
+    if code == 0:
+        log.unlink()
+    failed = [line for line in said if line.startswith(("FAILED", "ERROR"))]
+    last = re.sub(r"=+ ?| ?=+$", "", said[-1]) if said else "nothing said"
+    return code == 0, "; ".join([last, *failed])
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("build/repeats"), help="where logs of failures stay")
+    asked, own = parser.parse_known_args(words)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    began, done, failed = time.monotonic(), 0, list[str]()
+    try:
+        for number in range(1, asked.times + 1):
+            log = asked.out.absolute() / f"{os.getpid()}-{number:04d}.log"
+            good, line = once(own or SUITE, log)
+            done += 1
+            failed += [] if good else [f"{number}: {line} ({log})"]
+            print(f"{number}/{asked.times} {'passed' if good else 'FAILED'}: {line}", flush=True)
+    except KeyboardInterrupt:
+        log.unlink(missing_ok=True)
+        print("stopped", flush=True)
+    for line in failed:
+        print(line)
+    each = (time.monotonic() - began) / max(done, 1)
+    print(f"{done} repeats, {len(failed)} with a failure ({len(failed) / max(done, 1):.1%}), {each:.1f} s each")
+    return 1 if failed or not done else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
