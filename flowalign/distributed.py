@@ -38,6 +38,7 @@ class Waiting(Protocol):
 
 
 WAITED_FOR: list[Waiting] = []  # of the present process group, of which torch has one by default
+CALLERS = [1]  # processes that make each call of a network together, in the present work; see `split_calls`
 
 
 def start(environ: Mapping[str, str] = os.environ) -> None:
@@ -129,6 +130,7 @@ def finish() -> None:
         watchdog.stop()
         dist.destroy_process_group()
         WAITED_FOR.clear()
+        split_calls(1)
 
 
 def world_size() -> int:
@@ -139,6 +141,40 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def groups_of(size: int) -> int:
+    """Number of groups of so many processes. Raises: ValueError where they do not come out even."""
+    world = world_size()
+    if world % size:
+        raise ValueError(
+            f"memory.context_parallel: {size} processes make each call together, which does not divide the {world} "
+            "processes that were started"
+        )
+    return world // size
+
+
+def split_calls(size: int) -> None:
+    """Share work out to groups of so many processes, consecutive ones, which make each call of a network together.
+
+    Said by whatever has a network called, before it shares anything out; 1 for processes that are each on their own.
+    """
+    CALLERS[0] = size
+
+
+def data_size() -> int:
+    """Among how many work is shared out that calls a network: groups of `split_calls`, by default processes."""
+    return groups_of(CALLERS[0])
+
+
+def data_rank() -> int:
+    """Which of these this process is in."""
+    return rank() // CALLERS[0]
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its group, which speaks for it where each has the same."""
+    return rank() % CALLERS[0] == 0
 
 
 def share(total: int, rank: int, world: int) -> range:
@@ -156,6 +192,16 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
         dist.all_reduce(flat)
     for tensor, part in zip(listed, flat.split([tensor.numel() for tensor in listed]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def counted_once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors that all processes of a group have alike, made 0 in place on all but its first, to be summed over all."""
+    return [one if is_first() else one.zero_() for one in tensors]
+
+
+def sum_over_data(tensors: Iterable[Tensor]) -> None:
+    """`sum_over_ranks` of what all processes of a group have alike, the first one's."""
+    sum_over_ranks(counted_once(tensors))
 
 
 def largest(values: Iterable[float]) -> list[float]:

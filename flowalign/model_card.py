@@ -261,5 +261,5 @@ def _bias(card: Card, run: RunRecord) -> list[str]:
 
 def _alarms(run: RunRecord, comparison: Comparison | None) -> Sequence[str]:
     """What the report warns of, and what was seen while it ran."""
-    seen = [event.detail for event in run.events if event.name == "alarm"]
+    seen = dict.fromkeys(event.detail for event in run.events if event.name == "alarm")  # a resumed run tells it again
     return [*concerns(run, comparison), *(f"Alarm while training: {one}" for one in seen)]

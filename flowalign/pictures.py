@@ -63,7 +63,9 @@ def unzipped(path: Path, count: int) -> list[Float[Tensor, "3 _ _"]]:
     return [torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255 for image in images]
 
 
-def grid(pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 _ _"]], captions: Sequence[str] = ()) -> bytes:
+def grid(
+    pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 _ _"]], captions: Sequence[str] = (), columns: int = 0
+) -> bytes:
     """A PNG with all pictures in rows, about as wide as high, and a caption under each if there are captions.
 
     Strips of a video's frames, which are wider than three times their height, stand one below the other. Pictures of
@@ -72,6 +74,7 @@ def grid(pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 _ _"]], ca
     Args:
         pixels: pictures in [0, 1].
         captions: one text for each picture (a prompt, a score), or none at all.
+        columns: pictures in a row, where they are no strips; 0 for as many as make it square.
 
     Raises: ValueError where the number of captions is another one, or there is no picture.
     """
@@ -85,7 +88,7 @@ def grid(pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 _ _"]], ca
     width, height = width * factor, height * factor
     texts = [_wrap(caption, width) for caption in captions]
     strip = max((text.count("\n") + 1 for text in texts), default=0) * (TEXT + 4)
-    columns = 1 if width > 3 * height else math.ceil(math.sqrt(len(images)))
+    columns = 1 if width > 3 * height else columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + strip + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)

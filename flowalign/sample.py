@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.config import ConfigError, build, load_yaml, override, read_options
-from flowalign.distributed import agree, on_main, rank, share, world_size
+from flowalign.distributed import agree, data_rank, data_size, is_first, on_main, share, split_calls
 from flowalign.media import load
 from flowalign.models import Model, family_of
 from flowalign.models.loading import pipeline_class, settings_of
@@ -114,15 +114,17 @@ def save_pictures(request: Request) -> FilePath:
     steps, scale = steps_and_guidance(request, config)
     if model.fps is not None:
         check_writable()
+    split_calls(model.callers)
     calls = calls_of(model, prompts, request.batch_size)
     on_main(lambda: request.out.mkdir(parents=True, exist_ok=True))
-    mine = share(len(calls), rank(), world_size())
+    mine = share(len(calls), data_rank(), data_size())
     own = calls[mine.start : mine.stop]
     progress = Progress(len(own))
     made: dict[int, Tensor] = {}
     drawn = pictures(model, prompts, steps, scale, request.seed, calls=own)
     for call, pixels in zip(own, drawn, strict=True):
-        _save(request.out, call, pixels, model.fps)
+        if is_first():
+            _save(request.out, call, pixels, model.fps)
         made |= zip(call.rows, stills(pixels).cpu(), strict=True)
         progress.update(len(pixels), {})
     progress.close()
@@ -169,6 +171,9 @@ def config_of(request: Request) -> dict[str, Any]:
         config = {"model": {"class": f"flowalign.models.{family.__name__}", **settings}}
     # a policy trained in half precision is sampled in full unless asked otherwise
     config["model"] = {key: value for key, value in config["model"].items() if not key.endswith("_precision")}
+    memory = config["model"].get("memory")
+    if memory:  # without gradient a call fits one process, and each draws for itself unless asked otherwise
+        config["model"]["memory"] = {key: value for key, value in memory.items() if key != "context_parallel"}
     if lora is not None:
         if not FilePath(lora).exists():
             raise ValueError(f"{lora} does not exist; --lora takes a folder or file of LoRA weights")

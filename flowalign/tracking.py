@@ -138,6 +138,7 @@ class Run:
         name: str,
         pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 _ _"]],
         captions: Sequence[str] = (),
+        columns: int = 0,
     ) -> Path:
         """Write pictures in [0, 1], with a caption under each if given, as `samples/<name>.png`; returns the path.
 
@@ -146,7 +147,7 @@ class Run:
         path = self.folder / "samples" / f"{name}.png"
         if self.main:
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, grid(pixels, captions))
+            write_atomically(path, grid(pixels, captions, columns))
         return path
 
     def close(self) -> None:

@@ -79,13 +79,13 @@ def frozen_copy(
     device: torch.device,
     values: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Any:
-    """A copy that does not share anything with the network.
+    """A copy that does not share anything with the network; whose calls one process makes alone.
 
     Args:
         settings: how both are sharded, None for not at all. values: what a copy in shards becomes before each call, by
             name; None for that it stays.
     """
-    if settings is None:
+    if settings is None and network._parallel_config is None:  # the hooks that cut calls are not to be copied
         return copy.deepcopy(network).requires_grad_(False)
     with torch.device("meta"):
         made: Any = plain_class(network).from_config(network.config)
@@ -94,7 +94,8 @@ def frozen_copy(
         for name, value in [*vars(other).items()]:  # such as tables of positions
             if isinstance(value, Tensor):
                 setattr(own, name, value.clone())
-    shard(made, settings, device, fresh=None if values is None else partial(_take_over, made, values, []))
+    if settings is not None:
+        shard(made, settings, device, fresh=None if values is None else partial(_take_over, made, values, []))
     made.to_empty(device=device)
     with torch.no_grad():
         for mine, theirs in ((made.parameters(), network.parameters()), (made.buffers(), network.buffers())):

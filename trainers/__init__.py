@@ -18,6 +18,7 @@ from trainers.forward_source import Pairs
 from trainers.forward_times import GridTimes, LogitNormalTimes, StratifiedTimes, UniformTimes
 from trainers.g2rpo import G2RPO
 from trainers.grpo_guard import GRPOGuard
+from trainers.hacking_watch import HackingWatch
 from trainers.instruct_video import InstructVideo
 from trainers.ipro import IPRO
 from trainers.keeper import Checkpoints
@@ -62,6 +63,7 @@ __all__ = [
     "FractionBalance",
     "GRPOGuard",
     "GridTimes",
+    "HackingWatch",
     "HasSpread",
     "InstructVideo",
     "LogitNormalTimes",

@@ -11,14 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers import DiffusionPipeline
 
 from flowalign.accounting import Rows
-from flowalign.distributed import check_started, on_main, telling, world_size
+from flowalign.distributed import check_started, on_main, split_calls, telling, world_size
 from flowalign.interrupt import StopRequest
 from flowalign.models import as_model
 from flowalign.models.base import Model
@@ -30,8 +30,10 @@ from flowalign.tracking import Run, TrackerName
 from rewards.algebra import running_normalisers
 from rewards.base import Reward, as_reward
 from rewards.process import ending
+from trainers.alarms import over
 from trainers.batch import Sampling
 from trainers.collection import Collection, Epoch
+from trainers.evaluated import due, evaluate
 from trainers.evaluation import Asked, Evaluation, Evaluator
 from trainers.keeper import Checkpoints, Keeper
 from trainers.named_files import LOOKED_AT
@@ -220,6 +222,7 @@ class Trainer(ABC):
 
         Raises: Stopped where a signal asked for it, all being saved; ValueError for a folder of another run.
         """
+        split_calls(self.model.callers)
         ended = ending(*vars(self).values(), self.evaluator.reward)
         with ended, telling(), self.stop, Run(self.folder, resume=resume, log_with=self.log_with) as run:
             keeper = Keeper(self, run, config, self.checkpoints)
@@ -229,8 +232,9 @@ class Trainer(ABC):
             self.evaluator.encode()
             self.prepare(run, keeper)
             while True:
-                self._evaluate(run, keeper)
-                if self.state.epoch >= self.epochs and not self.state.part:
+                evaluate(self, run, keeper)
+                done = self.state.epoch >= self.epochs and not self.state.part
+                if done or over(self.evaluation.watch, self.state.history):
                     break
                 metrics = self._run_epoch(run, keeper)
                 judged = {"held-out": self._last("held-out"), "best": self.state.best}
@@ -270,30 +274,6 @@ class Trainer(ABC):
         run.log(self.state.epoch, metrics)
         for name, (limit, counts) in worked.histograms.items():
             run.log_histogram(self.state.epoch, name, -limit, limit, list(counts))
-        if not self._evaluation_due():
+        if not due(self):
             keeper.poll()
         return metrics
-
-    def _evaluation_due(self) -> bool:
-        epoch, history = self.state.epoch, self.state.history
-        due = epoch % self.evaluation.every == 0 or epoch == self.epochs
-        new = not self.state.part and (not history or history[-1]["epoch"] < epoch)
-        return self.evaluates() and due and new
-
-    def _evaluate(self, run: Run, keeper: Keeper) -> None:
-        if not self._evaluation_due():
-            return
-        with self.optimizer.averaged():
-            metrics = self.judge(run, partial(keeper.asked, "evaluation"))
-        if metrics is None:
-            keeper.stop()
-            return
-        self.model.meter.take()
-        score = metrics["held-out"]
-        self.state.history.append({"epoch": self.state.epoch, **metrics})
-        if self.state.best is None or score > self.state.best:
-            self.state.best, self.state.best_epoch = score, self.state.epoch
-            self.state.best_checkpoint = keeper.name()
-        self.evaluator.retire(run, self.state.epoch, self.state.best_epoch)
-        keeper.save()
-        keeper.poll()

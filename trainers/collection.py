@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.accounting import Rows
-from flowalign.distributed import rank, share, world_size
+from flowalign.distributed import data_rank, data_size, share
 from flowalign.guidance import Guide
 from flowalign.media import real_media, shown
 from flowalign.models.base import Model
@@ -148,15 +148,15 @@ class Collection:
         return len(epoch.cuts(self.sampling.batch_size)) - 1
 
     def mine(self, epoch: Epoch, process: int | None = None) -> range:
-        """Those of a process, by default of this one, in an epoch of one round."""
+        """Those of a process, by default of this one, in an epoch of one round; processes count as `data_rank` does."""
         (only,) = self.shares(epoch, process)
         return only
 
     def shares(self, epoch: Epoch, process: int | None = None) -> tuple[range, ...]:
         """The micro-batches of a process, by default of this one, in each round: every round is shared out anew."""
-        cuts, at = epoch.cuts(self.sampling.batch_size), rank() if process is None else process
+        cuts, at = epoch.cuts(self.sampling.batch_size), data_rank() if process is None else process
         starts = [bisect_left(cuts, row) for row in (*epoch.rounds, len(epoch.rows))]
-        held = [(start, share(stop - start, at, world_size())) for start, stop in pairwise(starts)]
+        held = [(start, share(stop - start, at, data_size())) for start, stop in pairwise(starts)]
         return tuple(range(start + part.start, start + part.stop) for start, part in held)
 
     def rows_of(self, epoch: Epoch, micro_batches: range) -> range:

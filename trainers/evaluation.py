@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
-from flowalign.distributed import on_main, rank, share, world_size
+from flowalign.distributed import data_rank, data_size, on_main, share
+from flowalign.looks import NAMES, looks
 from flowalign.media import shown
 from flowalign.models.base import Model
 from flowalign.pictures import to_bytes, unzipped, zipped
@@ -22,8 +22,11 @@ from flowalign.sizes import Call, calls_of, in_order
 from flowalign.tracking import Run, json_lines, write_atomically
 from flowalign.videos import check_writable, mp4, stills
 from rewards.base import Reward
+from trainers.alarms import Watcher
 from trainers.batch import Sampling, detached, score_rows, valid_rows
-from trainers.gathering import gather_files, gather_rows, gather_scores
+from trainers.gathering import gather_files, gather_numbers, gather_rows, gather_scores
+from trainers.hacking_watch import HackingWatch
+from trainers.seen import Seen
 
 Asked = Callable[[int, int], bool]
 
@@ -42,6 +45,7 @@ class Evaluation:
     metric: the part of the reward that decides which policy is best, by default the total.
     pictures: how many a contact sheet shows; the others are kept at 256 pixels at most. Of videos these are kept whole,
         and of all of them a strip of frames.
+    watch: when an evaluation raises an alarm for reward hacking; None for never.
     """
 
     prompts: PromptData | None = None
@@ -51,19 +55,11 @@ class Evaluation:
     metric: str | None = None
     pictures: int = 16
     reward: Reward | None = None
+    watch: HackingWatch | None = HackingWatch()
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.pictures < 0:
             raise ValueError("evaluation.every must be at least 1 and evaluation.pictures at least 0")
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What an evaluation made. stills: pictures in 8 bits, of videos strips of frames. films: MP4s of the first."""
-
-    stills: Sequence[UInt8[Tensor, "3 _ _"]]
-    films: Mapping[int, bytes]
-    scores: Scores
 
 
 class Evaluator:
@@ -76,7 +72,9 @@ class Evaluator:
 
     def __init__(self, model: Model, reward: Reward, settings: Evaluation, sampling: Sampling, seed: int) -> None:
         self.model, self.settings, self.seed = model, settings, seed
-        self.reward = settings.reward or reward
+        self.reward, self.watcher = settings.reward or reward, None
+        if settings.watch is not None:
+            self.watcher = Watcher(settings.watch, reward, settings.reward is not None, settings.metric)
         self.prompts = None if settings.prompts is None else as_prompts(settings.prompts).all()
         self.steps = settings.steps or sampling.steps
         scale = settings.guidance_scale
@@ -102,6 +100,7 @@ class Evaluator:
             beside: numbers from elsewhere that are logged with them.
         """
         started = time.monotonic()
+        assert self.prompts is not None
         with self.model.meter.phase("evaluation"):
             made = self.sample(asked)
         if made is None:
@@ -121,6 +120,8 @@ class Evaluator:
             "held-out/high": metrics["held-out"] + 1.96 * error,
         }
         metrics |= beside or {}
+        if self.watcher is not None:
+            metrics |= self.watcher.look(run, epoch, self.prompts.text, made)
         run.log(epoch, metrics | {"time/evaluation": round(time.monotonic() - started, 4)})
         on_main(lambda: self._write(run, epoch, made))
         return metrics
@@ -144,11 +145,11 @@ class Evaluator:
         """
         assert self.prompts is not None
         calls = self.calls()
-        mine = share(len(calls), rank(), world_size())
+        mine = share(len(calls), data_rank(), data_size())
         own = calls[mine.start : mine.stop]
         drawn = pictures(self.model, self.prompts, self.steps, self.guidance_scale, self.seed, "evaluation", calls=own)
-        made, scores, films = list[Tensor](), [], dict[int, bytes]()
-        turns = -(-len(calls) // world_size())
+        made, scores, films, seen = list[Tensor](), [], dict[int, bytes](), list[Tensor]()
+        turns = -(-len(calls) // data_size())
         for turn in range(turns):
             if asked(turn, turns):
                 return None
@@ -159,12 +160,15 @@ class Evaluator:
                     scores.append(detached(self.reward(shown(pixels, told, self.model.fps), told)))
                 made.append(to_bytes(stills(pixels)))
                 films |= self._films(pixels, rows)
+                seen += [looks(pixels)] if self.watcher is not None else []
         order, at = in_order(calls), _places(calls, mine)
         gathered = gather_scores(scores, at, len(self.prompts))
         parts = {name: value[order] for name, value in gathered.parts.items()}
         scored = Scores(gathered.total[order], parts, gathered.valid[order])
         whole = [one for size in _sizes(calls) for one in _gathered(made, calls, mine, size)]
-        return Seen([whole[place] for place in order], gather_files(films), scored)
+        looked = gather_numbers(seen, at, len(self.prompts))[order] if self.watcher is not None else None
+        named = {} if looked is None else dict(zip(NAMES, looked.T, strict=True))
+        return Seen([whole[place] for place in order], gather_files(films), scored, named)
 
     def calls(self) -> list[Call]:
         """All prompts, in calls of one size each; every process makes some of them."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # What may change unasked: no number of a run depends on it
 FREE = (
     "folder", "epochs", "log_with", "checkpoints", "evaluation.pictures", "model.embeddings", "pairs.embeddings",
-    "sampling.overlap", "model.memory.shard",
+    "sampling.overlap", "model.memory.shard", "model.memory.context_parallel", "evaluation.watch.on_alarm",
 )  # fmt: skip
 # Never in one run: what is numbered by optimizer steps, drawn from the seed, or compared over the run
 FIXED = ("trainer", "seed", "updates_per_epoch", "evaluation.prompts", "held_out")

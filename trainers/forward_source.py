@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.accounting import Rows
-from flowalign.distributed import rank, share, world_size
+from flowalign.distributed import data_rank, data_size, share
 from flowalign.fitting import Fit, centre_crop
 from flowalign.models.base import Model
 from flowalign.preferences import PreferenceData
@@ -84,7 +84,7 @@ class PolicySamples(Source):
         trainer, sampling = self.trainer, self.trainer.sampling
         parts = trainer.fill(epoch, keeper, clean=True)
         total = sampling.groups * sampling.group_size
-        mine = self.shares(epoch, world_size(), sampling.batch_size)[rank()]
+        mine = self.shares(epoch, data_size(), sampling.batch_size)[data_rank()]
         scores = gather_scores([part.scores for part in parts], mine, total)
         trainer.check_valid(scores, epoch.number)
         return scores

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowalign.distributed import rank, sum_over_ranks, world_size
+from flowalign.distributed import data_rank, data_size, sum_over_data
 from flowalign.randomness import key_generator, key_noise
 from flowalign.records import Condition, Size
 from trainers.batch import parts_of
@@ -89,7 +89,7 @@ class ForwardSteps(OptimizerSteps):
     def __init__(self, trainer: ForwardProcessTrainer, epoch: Epoch, units: Units, keeper: Keeper | None) -> None:
         super().__init__(trainer, keeper)
         self.epoch, self.units = epoch, units
-        self.homes = trainer.source.shares(epoch, world_size(), trainer.sampling.batch_size)
+        self.homes = trainer.source.shares(epoch, data_size(), trainer.sampling.batch_size)
         self.fetched = fetched(trainer, epoch, units, self.homes)
         self.table = lru_cache(self._table)
 
@@ -105,7 +105,7 @@ class ForwardSteps(OptimizerSteps):
         counted = rows[self.units.weights[rows] > 0]
         total = float(self.units.weights[counted].sum()) * self.trainer.times.draws
         every = [self.micro_batches(counted, held) for held in self.homes]
-        mine, turns = every[rank()], max(map(len, every))
+        mine, turns = every[data_rank()], max(map(len, every))
         for turn in range(turns):
             self._stop_if_asked(turn, turns)
             if turn < len(mine):
@@ -186,7 +186,7 @@ def fetched(trainer: ForwardProcessTrainer, epoch: Epoch, units: Units, homes: l
 
     Of units of single samples there are none, and of pairs a few, as processes hold most groups whole.
     """
-    if world_size() == 1 or trainer.members == 1:
+    if data_size() == 1 or trainer.members == 1:
         return {}
 
     def home(sample: int) -> int:
@@ -198,7 +198,7 @@ def fetched(trainer: ForwardProcessTrainer, epoch: Epoch, units: Units, homes: l
     for bucket in epoch.buckets:
         inside = range(bucket.rows.start * epoch.members, bucket.rows.stop * epoch.members)
         alike = [sample for sample in apart if sample in inside]
-        found |= _shared(trainer, epoch, bucket.size, alike, homes[rank()])
+        found |= _shared(trainer, epoch, bucket.size, alike, homes[data_rank()])
     return found
 
 
@@ -211,5 +211,5 @@ def _shared(
     mine = [place for place, sample in enumerate(samples) if sample in held]
     if mine:
         whole[mine] = trainer.source.latents(epoch, [samples[place] for place in mine])
-    sum_over_ranks([whole])
+    sum_over_data([whole])
     return dict(zip(samples, whole, strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowalign.distributed import gather_text, sum_over_ranks, world_size
+from flowalign.distributed import gather_text, largest, sum_over_data, world_size
 from flowalign.records import Scores
 from rewards.base import join_scores
 
@@ -27,8 +27,20 @@ def gather_scores(parts: Sequence[Scores], at: Sequence[int], total: int) -> Sco
     rows = torch.zeros(len(names) + 2, total)
     if held is not None:
         rows[:, [*at]] = torch.stack([held.total, held.valid.float(), *held.parts.values()])
-    sum_over_ranks([rows])
+    sum_over_data([rows])
     return Scores(rows[0], dict(zip(names, rows[2:], strict=True)), rows[1] > 0)
+
+
+def gather_numbers(parts: Sequence[Tensor], at: Sequence[int], total: int) -> Tensor:
+    """Rows of numbers of all samples on every process; of this process those `at` out of `total`."""
+    if world_size() == 1:
+        return torch.cat(tuple(parts))
+    width = int(largest([parts[0].shape[1] if parts else 0])[0])
+    rows = torch.zeros(total, width)
+    if parts:
+        rows[[*at]] = torch.cat(tuple(parts))
+    sum_over_data([rows])
+    return rows
 
 
 def gather_files(mine: Mapping[int, bytes]) -> dict[int, bytes]:
@@ -41,7 +53,7 @@ def gather_files(mine: Mapping[int, bytes]) -> dict[int, bytes]:
     for number, content in mine.items():
         held[number] = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
     for whole in held.values():
-        sum_over_ranks([whole])
+        sum_over_data([whole])
     return {number: whole.numpy().tobytes() for number, whole in held.items()}
 
 
@@ -57,5 +69,5 @@ def gather_rows(mine: Tensor | None, at: range, total: int) -> Tensor:
     if mine is not None:
         rows[at.start : at.stop] = mine
     for part in rows.split(64):
-        sum_over_ranks([part])
+        sum_over_data([part])
     return rows

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowalign.distributed import rank, share, sum_over_ranks, world_size
+from flowalign.distributed import data_rank, data_size, share, sum_over_data
 from flowalign.preferences.latents import PairLatents
 from flowalign.randomness import key_noise
 from flowalign.records import Size
@@ -38,9 +38,9 @@ def held_out_leads(
     index = [int(number) for number in pairs.signs.nonzero()[0]]
     size = max(trainer.sampling.rows_per_call // 2, 1)
     calls = [index[start : start + size] for start in range(0, len(index), size)]
-    mine = share(len(calls), rank(), world_size())
+    mine = share(len(calls), data_rank(), data_size())
     whole = torch.zeros(len(index))
-    turns = -(-len(calls) // world_size())
+    turns = -(-len(calls) // data_size())
     for turn in range(turns):
         if asked(turn, turns):
             return None
@@ -49,7 +49,7 @@ def held_out_leads(
             with trainer.model.sized(Size()):
                 made = _leads(trainer, pairs, call + call[-1:] * (size - len(call)), lead)
             whole[start : start + len(call)] = made[: len(call)].cpu()
-    sum_over_ranks([whole])
+    sum_over_data([whole])
     return whole
 
 

@@ -16,10 +16,11 @@ import torch
 from flowalign import checkpoint
 from flowalign.accounting import Rows
 from flowalign.config import load_yaml
-from flowalign.distributed import gather_text, largest, on_main, rank, sum_over_ranks
+from flowalign.distributed import gather_text, is_first, largest, on_main, rank, sum_over_data
 from flowalign.interrupt import Stopped
 from flowalign.progress import Progress
 from flowalign.tracking import Run, write_atomically
+from trainers.alarms import GO_ON, over
 from trainers.facts import changed, facts, refusal
 from trainers.state import State
 
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
     from trainers.base import Trainer
 
 MARKER = "PREEMPTED"  # in the run folder, for a job script: the run was told to stop and can go on
+
+UPDATED = (
+    "policy",
+    "average",
+    "moments",
+    "steps",
+    "scaler",
+    "skipped",
+    "older",
+    "kl_coef",
+)  # of the record, by updates
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class Keeper:
             trainer.optimizer.capture(state)
             state.normalisers = {name: one.state_dict() for name, one in trainer.normalisers.items()}
             state.logs, state.clock = self.run.written(), self.run.seconds
-            shared, own = state.trees()
+            shared, own = state.trees(is_first())
             name, shared = self.name(), shared | {"facts": self.facts}
             self._broken.discard(name)
             path = checkpoint.save(self.folder, name, shared, own, self._policy_writer(), self._kept)
@@ -134,7 +146,7 @@ class Keeper:
         """Of a checkpoint of the present record: one for each place in a run, in the order of the run."""
         state = self.trainer.state
         held = torch.tensor([len(state.buffer)])
-        sum_over_ranks([held])
+        sum_over_data([held])
         name = f"step-{state.epoch * self.trainer.updates_per_epoch + state.part:08d}"
         if int(held) and not state.part:
             return f"{name}-rollout-{int(held):06d}"
@@ -172,7 +184,7 @@ class Keeper:
             checkpoint.sweep(self.folder)
             path, problems = checkpoint.newest(self.folder)
             for problem in problems:
-                self._tell("skip", f"skipped {problem}")
+                self.tell("skip", f"skipped {problem}")
             if path is None:
                 self._check_nothing_is_lost(problems)
             self._broken = {name for name in checkpoint.names(self.folder) if path is not None and name > path.name}
@@ -199,7 +211,7 @@ class Keeper:
         if (self.run.folder / self.trainer.model.policy_folder).exists():
             raise ValueError(f"{self.run.folder} holds a run whose {self.folder.name}/ has gone; {anew}")
         if (self.run.folder / "metrics.jsonl").stat().st_size:
-            self._tell("resume", f"{self.run.folder} was stopped before its first checkpoint: it starts anew")
+            self.tell("resume", f"{self.run.folder} was stopped before its first checkpoint: it starts anew")
 
     def _known_config(self) -> Mapping[str, Any]:
         """The config of a run that was stopped before its first checkpoint."""
@@ -229,9 +241,25 @@ class Keeper:
         self._saved, self._place = time.monotonic(), (state.epoch, state.part)
         on_main(self._publish)
         if state.epoch >= trainer.epochs and not state.part:
-            self._tell("resume", f"{self.run.folder} has finished its {trainer.epochs} epochs; more --epochs go on")
+            self.tell("resume", f"{self.run.folder} has finished its {trainer.epochs} epochs; more --epochs go on")
+        elif over(trainer.evaluation.watch, state.history):
+            self.tell("resume", f"{self.run.folder} was ended by its watch; {GO_ON}")
         else:
-            self._tell("resume", f"going on from {path}, epoch {state.epoch} of {trainer.epochs}")
+            self.tell("resume", f"going on from {path}, epoch {state.epoch} of {trainer.epochs}")
+
+    def roll_back(self) -> None:
+        """Put the policy and all that its updates go by where they were at the best evaluation; epochs and logs stay.
+
+        Raises: ValueError where that checkpoint cannot be read.
+        """
+        trainer, state = self.trainer, self.trainer.state
+        shared, _ = checkpoint.load(self.folder / state.best_checkpoint)
+        shared = trainer.optimizer.placed(shared)
+        for name in UPDATED:
+            setattr(state, name, shared[name])
+        trainer.optimizer.restore(state)
+        for name, normaliser in trainer.normalisers.items():
+            normaliser.load_state_dict(shared["normalisers"][name])
 
     def _check_config(self, known: Mapping[str, Any], allow_change: Sequence[str]) -> list[str]:
         """The keys that have changed, all of them allowed to."""
@@ -241,7 +269,7 @@ class Keeper:
             raise ValueError(problem)
         return names
 
-    def _tell(self, event: str, message: str) -> None:
+    def tell(self, event: str, message: str) -> None:
         self.run.note(event, message)
         if rank() == 0:
             print(f"flowalign: {message}", file=sys.stderr, flush=True)
@@ -258,7 +286,7 @@ class Keeper:
         """The epoch's network rows over all processes, the fewest possible, and seconds of the first by phase."""
         state = self.trainer.state
         spent = torch.tensor([state.rows.forward, state.rows.gradient])
-        sum_over_ranks([spent])
+        sum_over_data([spent])
         seconds = {f"time/{name}": round(value, 4) for name, value in sorted(state.seconds.items())}
         return {
             "rows/forward": int(spent[0]),

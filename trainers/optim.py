@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.distributed import sum_over_ranks
+from flowalign.distributed import counted_once, sum_over_ranks
 from flowalign.shards import Stored, clip_shards, cloned, in_shards, is_sharded, like, own_rows
 from trainers.state import State
 
@@ -99,8 +99,9 @@ class PolicyOptimizer:
         A norm that is not finite is the same on every process, and means that the step was left out.
 
         Args:
-            sums: tensors to be summed over processes in the same exchange.
+            sums: tensors to be summed over processes in the same exchange, as by `sum_over_data`.
         """
+        sums = counted_once(sums)
         values = list(self.parameters.values())
         for value in values:  # a micro-batch with nothing to learn made none, on this process or at all
             value.grad = torch.zeros_like(value) if value.grad is None else value.grad

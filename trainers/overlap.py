@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowalign.accounting import Meter
-from flowalign.distributed import world_size
+from flowalign.distributed import data_size
 from flowalign.randomness import keyed_globals
 from flowalign.records import Prompts, Scores
 from rewards.base import Reward
@@ -196,7 +196,7 @@ def fill(trainer: Trainer, epoch: Epoch, keeper: Keeper | None, clean: bool) -> 
         clean: as of `Collection.begin`.
     """
     mine, state, collection = trainer.mine(epoch), trainer.state, trainer.collection
-    turns = max(sum(map(len, collection.shares(epoch, process))) for process in range(world_size()))
+    turns = max(sum(map(len, collection.shares(epoch, process))) for process in range(data_size()))
     meter = trainer.model.meter
     with Scoring(trainer.ahead(), trainer.reward.ahead, meter, state.buffer) as scoring:
         for turn in range(turns):

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowalign.differentiate import Drawn, Visit, reference_velocity
-from flowalign.distributed import rank, share, world_size
+from flowalign.distributed import data_rank, data_size, share
 from flowalign.media import shown
 from flowalign.randomness import keyed_globals
 from flowalign.records import Condition, Maps, Prompts, Scores
@@ -73,8 +73,8 @@ class PathSteps(OptimizerSteps):
 
     def _accumulate(self, rows: Int[Tensor, " p"], watch: Watch) -> dict[str, Any]:
         batches = self.micro_batches(rows)
-        mine = share(len(batches), rank(), world_size())
-        turns, scores = -(-len(batches) // world_size()), list[Scores]()
+        mine = share(len(batches), data_rank(), data_size())
+        turns, scores = -(-len(batches) // data_size()), list[Scores]()
         self._latents.clear()
         for turn in range(turns):
             self._stop_if_asked(turn, turns)

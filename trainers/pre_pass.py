@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flowalign.distributed import world_size
+from flowalign.distributed import data_size
 from flowalign.records import Scores
 from trainers.collection import Collection
 from trainers.gathering import gather_scores
@@ -26,7 +26,7 @@ def measured(trainer: Trainer, collection: Collection, number: int, keeper: Keep
     """
     epoch, model = collection.epoch(number), trainer.model
     mine, made = collection.mine(epoch), dict[int, Collected]()
-    turns = -(-collection.micro_batches(epoch) // world_size())
+    turns = -(-collection.micro_batches(epoch) // data_size())
     with Scoring(trainer.ahead(), trainer.reward.ahead, model.meter, made) as scoring:
         for turn in range(turns):
             if keeper.asked(what, turn, turns):

@@ -65,11 +65,11 @@ class State:
     rows: Rows = Rows()
     buffer: dict[int, Collected] = field(default_factory=dict)
 
-    def trees(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What all processes share, and what is this one's own."""
+    def trees(self, told: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What all processes share, and what is this one's own; none of it where another has the same and tells it."""
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         own = {"rows": held.pop("rows"), "buffer": held.pop("buffer")}
-        return held, own
+        return held, own if told else {"rows": Rows(), "buffer": {}}
 
     def spend(self, meter: Meter) -> None:
         """Take over what the meter has counted since the last time."""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from flowalign.distributed import sum_over_ranks
+from flowalign.distributed import sum_over_data
 from flowalign.randomness import key_generator, key_noise
 from trainers.batch import Batch, Part, parts_of
 from trainers.forward_times import LogitNormalTimes, Times
@@ -72,7 +72,7 @@ class Imitation:
             for micro in held.split(size) if len(held) else ():
                 with self.trainer.model.sized(part.size):
                     losses += self._micro_batch(part, self.batch.latents[number], micro, total)
-        sum_over_ranks([losses])
+        sum_over_data([losses])
         return {"supervised": float(losses) / total if total else float("nan")}
 
     def _micro_batch(self, part: Part, ends: Tensor, micro: Int[Tensor, " m"], total: int) -> float:

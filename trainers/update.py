@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowalign.distributed import largest, world_size
+from flowalign.distributed import data_size, largest
 from flowalign.models.base import Model
 from flowalign.records import Condition, Step, expand_rows, intervals
 from flowalign.rollout import Policy, Replay, replay
@@ -161,7 +161,7 @@ class Update(OptimizerSteps):
 
     def _turns(self, rows: Int[Tensor, " p"], mine: int) -> int:
         """The micro-batches of the process that has most."""
-        collection, world = self.trainer.collection, world_size()
+        collection, world = self.trainer.collection, data_size()
         if world == 1:
             return mine
         epoch, size = self.epoch(), self.trainer.sampling.batch_size

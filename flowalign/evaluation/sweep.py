@@ -213,6 +213,8 @@ def _model(entrant: Entrant, name: str, lora: str | None, allow_code: bool) -> t
         if base:
             config["model"].pop("lora", None)
         config = override(config, {f"model.{key}": value for key, value in entrant.model.items()})
+        if (config["model"].get("memory") or {}).get("context_parallel"):
+            raise ValueError("memory.context_parallel: a sweep's processes each draw for themselves; leave it out")
         call = parse(_itself, {"model": config["model"]}, allow_code).arguments["model"]
         return config, call, *steps_and_guidance(request, config)
     except (ValueError, OSError) as error:

@@ -40,6 +40,7 @@ class Model(ABC):
     takes_image: bool = False  # whether prompts name pictures that the model's media start from
     policy_folder: str = "lora"  # what the policy's weights are written to, in a run's folder
     sharded: bool = False  # its weights are in parts on several processes, which join in each other's calls
+    callers: int = 1  # consecutive processes that make each call of its network together; see `split_calls`
     scale_loss: bool = False  # gradients pass through fp16, whose small numbers vanish unless scaled up
 
     @cached_property

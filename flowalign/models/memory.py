@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from flowalign.context_parallel import ContextParallel
 from flowalign.distributed import world_size
 from flowalign.sharding import Shard
 
@@ -38,6 +39,7 @@ class Memory:
         attention: diffusers' name of an attention backend: "native", "flash", "xformers", "_native_efficient", ...
         trajectory_on_cpu: an epoch's stored steps wait on the host for their update.
         shard: of many processes each holds a part of the frozen network alone; see `Shard`. {} for its defaults.
+        context_parallel: of many processes several make each call, each on some of its tokens; see `ContextParallel`.
 
     Not promised: that a quantised model's rollouts are those of the same model in full; they only are its own replay's.
 
@@ -53,6 +55,7 @@ class Memory:
     attention: str = "native"
     trajectory_on_cpu: bool = False
     shard: Shard | None = None
+    context_parallel: ContextParallel | None = None
 
     def __post_init__(self) -> None:
         from diffusers.models.attention_dispatch import AttentionBackendName
@@ -95,8 +98,9 @@ class Memory:
             raise ValueError("compile does not go with memory.layerwise_casting or memory.offload: group, whose hooks "
                              "replace weights at every call; drop one")  # fmt: skip
         if self.shard is not None and compiled:
-            raise ValueError("compile does not go with memory.shard, whose processes join in each other's calls; drop "
-                             "one")  # fmt: skip
+            raise ValueError("compile does not go with memory.shard: processes join in each other's calls; drop one")
+        if self.context_parallel is not None:
+            self.context_parallel.check(self.attention, compiled, device)
         if "nf4" in (self.quantize, self.quantize_encoders) and device.type == "cpu":
             raise ValueError("memory: nf4 is for GPUs; bitsandbytes' CPU code takes layers of some sizes only")
         if not (self.attention == "flex" or self.attention.startswith(("native", "_native"))) and device.type != "cuda":

@@ -35,6 +35,11 @@ class PatchModel(PipelineModel):
         factor = self.pipeline.vae_scale_factor
         return self.pipeline.transformer.config.in_channels // 4, height // factor, width // factor
 
+    def sequences(self) -> dict[str, int]:
+        _, rows, columns = self.latent_shape
+        tokens = {f"pictures of {self.height} x {self.width}": rows * columns // 4}
+        return tokens | {"prompts of this max_sequence_length": self.max_sequence_length}
+
     def resolution_shift(self) -> float:
         """mu, on the line through the scheduler's base and max (image_seq_len, shift); it may lie beyond them."""
         told = self.pipeline.scheduler.config

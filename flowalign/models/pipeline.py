@@ -114,6 +114,7 @@ class PipelineModel(PolicyModel):
             if gradient_checkpointing:
                 part.enable_gradient_checkpointing(recomputed)
         self.sharded = spread(self.pipeline, names, memory.shard, self.device, self.policy.unsharded())
+        self.cut_calls(names)
         self.compiled = compile
         calls = {name: torch.compile(part) if compile else part for name, part in parts.items()}
         self.call = calls.pop(self.network_name)
@@ -260,7 +261,7 @@ class PipelineModel(PolicyModel):
         return conditional, unconditional
 
     def _predict(self, latents: Latents, sigma: Sigma, told: Told, guidance_scale: float) -> Tensor:
-        latents, told = latents.to(self.device), told.to(self.device)
+        latents, told = self.entering(latents.to(self.device)), told.to(self.device)
         with autocast(self.device, self._autocast), exchanging():
             return self.predict(latents, sigma, told, guidance_scale).float()
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from diffusers.models._modeling_parallel import ParallelConfig
+from torch import Tensor, nn
 
 from flowalign.adapters import LoRA, add_policy, as_now, as_reference, policy_parameters, recomputed, save_policy
+from flowalign.context_parallel import cut_calls, entering
+from flowalign.distributed import world_size
 from flowalign.models.base import Older
 from flowalign.models.editing import EditingModel
 from flowalign.models.memory import Memory, finish
@@ -167,6 +170,7 @@ class PolicyModel(EditingModel):
     networks of their own.
     """
 
+    pipeline: Any
     policy: NetworkPolicy
     memory: Memory
     dtype: torch.dtype
@@ -174,6 +178,36 @@ class PolicyModel(EditingModel):
     call: Any
     kept: Any = None
     older: Any = None
+    cut: ParallelConfig | None = None  # how processes make each call together, where they do
+
+    def cut_calls(self, networks: Sequence[str]) -> None:
+        """Have processes make each call of these networks of the pipeline together, as `memory.context_parallel` asks.
+
+        Raises: ValueError for networks, heads and numbers of processes that it cannot be had with.
+        """
+        asked = self.memory.context_parallel
+        if asked is None:
+            return
+        parts = [getattr(self.pipeline, name) for name in networks]
+        for part in parts:
+            asked.check_network(part)
+        if world_size() == 1:
+            return
+        self.cut, self.callers = asked.started(self.device), asked.size
+        for part in parts:
+            cut_calls(part, self.cut)
+
+    def check_tokens(self) -> None:
+        if self.memory.context_parallel is not None:
+            self.memory.context_parallel.check_lengths(self.sequences())
+
+    def sequences(self) -> Mapping[str, int]:
+        """How many tokens a call has of what, for media of the present size."""
+        return {}
+
+    def entering(self, latents: Tensor) -> Tensor:
+        """Latents on their way into the network; see `flowalign.context_parallel.entering`."""
+        return latents if self.cut is None else entering(latents, self.cut)
 
     def keep(self, start: bool, older: bool, values: Older) -> None:
         self.kept = self._apart(None) if start else None
@@ -187,6 +221,8 @@ class PolicyModel(EditingModel):
         if made is None:
             return None
         finish(made, self.memory, self.dtype, self.device)
+        if self.cut is not None:
+            cut_calls(made, self.cut)
         network: Any = self.policy.network
         if network.is_gradient_checkpointing:
             made.enable_gradient_checkpointing(recomputed)

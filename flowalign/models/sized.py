@@ -43,6 +43,10 @@ class SizedModel(Model):
         """
         self.height, self.width = self._side("height", height), self._side("width", width)
         self.latent_shape = self.latents_of(self.height, self.width)
+        self.check_tokens()
+
+    def check_tokens(self) -> None:
+        """Raises: ValueError for a size whose tokens a call of the network cannot take; most take any."""
 
     def _side(self, name: str, asked: int | None) -> int:
         size, unit = asked or self.default_size(), self.size_unit()
@@ -61,8 +65,9 @@ class SizedModel(Model):
         held = self.height, self.width, self.frames, self.latent_shape
         whole = self.media_size(size)
         self.height, self.width, self.frames = whole.height or 0, whole.width or 0, whole.frames
-        self.latent_shape = self.latents_of(self.height, self.width)
         try:
+            self.latent_shape = self.latents_of(self.height, self.width)
+            self.check_tokens()
             yield
         finally:
             self.height, self.width, self.frames, self.latent_shape = held

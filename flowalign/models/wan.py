@@ -117,6 +117,12 @@ class Wan(PipelineModel):
         space, time = self.pipeline.vae_scale_factor_spatial, self.pipeline.vae_scale_factor_temporal
         return self.pipeline.vae.config.z_dim, (self.frames - 1) // time + 1, height // space, width // space
 
+    def sequences(self) -> dict[str, int]:
+        patch, (_, *sides) = self.pipeline.transformer.config.patch_size, self.latent_shape
+        told = "videos" if self.frames > 1 else "pictures"
+        whole = math.prod(side // unit for side, unit in zip(sides, patch, strict=True))
+        return {f"{told} of {self.frames} x {self.height} x {self.width}": whole}
+
     def scheduler_shift(self) -> float | None:
         """flow_shift of the multistep scheduler that Wan ships; None for one that has no such setting."""
         shift = self.pipeline.scheduler.config.get("flow_shift")

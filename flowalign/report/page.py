@@ -30,6 +30,7 @@ from flowalign.report.curves import curves, histogram_rows
 from flowalign.report.headline import headline
 from flowalign.report.images import Pair, pairs, sheets
 from flowalign.report.reading import RunRecord
+from flowalign.report.watch import watched
 
 EACH = 6  # prompts of each sort, two pictures each: 48 pictures in all
 HERE = Path(__file__).parent
@@ -55,17 +56,18 @@ class Table:
 
 def render(run: RunRecord) -> str:
     """The whole page as HTML."""
-    comparison = compare(run)
+    comparison, watch = compare(run), watched(run)
     script = Markup((HERE / "page.js").read_text(encoding="utf-8"))
     template = _environment().get_template("page.html.j2")
     return template.render(
         run=run,
         headline=headline(run, comparison),
-        concerns=concerns(run, comparison),
+        concerns=(*(watch.told if watch is not None else ()), *concerns(run, comparison)),
         comparison=comparison,
         groups=_groups(run, comparison),
         sheets=sheets(run),
         curves=curves(run),
+        watch=watch,
         tables=_tables(comparison),
         histograms=histogram_rows(run),
         phases=phases(run),
