@@ -29,6 +29,7 @@ from trainers import Evaluation, HackingWatch
 from trainers.alarms import trained_scores
 from trainers.changes import over_epochs, paired, slope
 from trainers.hacking_watch import Glance, Scored, compare_looks, compare_scores
+from trainers.preflight.folder import of_folder
 
 SIDE = 32
 DOWN, ACROSS = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
@@ -333,6 +334,8 @@ def test_an_alarm_ends_the_run(on_alarm, told_run, tmp_path, capsys):
     back = all(not value.any() for name, value in kept.policy.items() if "lora_B" in name)  # as before any update
     assert back == (on_alarm == "roll_back") == (kept.steps == 0) == (not kept.moments)
     before = digest(folder)
+    (ended,) = of_folder(hacked(folder, watch), None, ())
+    assert f"holds a run that its watch has ended at epoch {at}: train would do nothing more" in ended.text
     hacked(folder, watch).train(resume=True, report=False)
     assert "was ended by its watch; --evaluation.watch.on_alarm tell goes on" in capsys.readouterr().err
     assert digest(folder) == before

@@ -258,8 +258,8 @@ class Keeper:
         for name in UPDATED:
             setattr(state, name, shared[name])
         trainer.optimizer.restore(state)
-        for name, normaliser in trainer.normalisers.items():
-            normaliser.load_state_dict(shared["normalisers"][name])
+        for name in trainer.normalisers.keys() & shared["normalisers"].keys():  # one may have come to the reward since
+            trainer.normalisers[name].load_state_dict(shared["normalisers"][name])
 
     def _check_config(self, known: Mapping[str, Any], allow_change: Sequence[str]) -> list[str]:
         """The keys that have changed, all of them allowed to."""

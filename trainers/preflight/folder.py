@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowalign import checkpoint
 from flowalign.config import load_yaml
 from flowalign.tracking import check_folder
+from trainers.alarms import GO_ON, over
 from trainers.facts import changed, facts, refusal
 from trainers.preflight.problems import Problem, error, warning
 
@@ -36,10 +37,15 @@ def of_folder(trainer: Trainer, config: Mapping[str, Any] | None, allow_change: 
     refused = refusal(folder, changed(known, facts(trainer, config)), allow_change)
     if refused is not None:
         return [*skipped, error(refused)]
-    return [*skipped, _going_on(trainer, record.get("epoch", 0))]
+    return [*skipped, _going_on(trainer, record.get("epoch", 0), record.get("history", []))]
 
 
-def _going_on(trainer: Trainer, done: int) -> Problem:
+def _going_on(trainer: Trainer, done: int, history: Sequence[Mapping[str, float]]) -> Problem:
+    if over(trainer.evaluation.watch, history):
+        return warning(
+            f"{trainer.folder} holds a run that its watch has ended at epoch {done}: train would do nothing more; "
+            f"{GO_ON}"
+        )
     if done >= trainer.epochs:
         return warning(
             f"{trainer.folder} holds a run that has finished its {trainer.epochs} epochs: train would do nothing more"
