@@ -18,6 +18,7 @@ from rewards.averaging import average_rewards
 from rewards.base import Card, Minimum, Product, Reward, WeightedSum
 from rewards.chat import Chat, Endpoint
 from rewards.clip import CLIPScore
+from rewards.colourfulness import Colourfulness
 from rewards.consistency import EdgeConsistency
 from rewards.ctc import CTCText
 from rewards.dynamics import DynamicDegree, FlowDynamics
@@ -73,6 +74,7 @@ __all__ = [
     "Card",
     "Chat",
     "Clip",
+    "Colourfulness",
     "DINOScore",
     "DINOv2Score",
     "DepthConsistency",

@@ -11,7 +11,7 @@ from docs_text import escaped, fenced, prose, row, table
 
 FAMILIES = {  # modules that tell rewards, in order; what is in none of them comes under "more"
     "text": ("Text and picture", "clip siglip openclip goal pickscore hps hpsv3 mps image_reward"),
-    "looks": ("Picture alone", "aesthetic jpeg"),
+    "looks": ("Picture alone", "aesthetic colourfulness jpeg"),
     "asked": ("What was asked for", "geneval ocr ctc consistency pixelwise move object_edit finders"),
     "references": ("Like a reference", "subject face mtcnn"),
     "videos": ("Videos", "frames video_reward temporal dynamics"),
