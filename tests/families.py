@@ -27,6 +27,7 @@ from flowalign.models import (
     PipelineModel,
     PixArt,
     QwenImage,
+    Sana,
     StableDiffusion,
     StableDiffusionXL,
     Wan,
@@ -36,6 +37,7 @@ from tests.tiny import byte_tokenizer, small_vae, text_config, tiny_sd3
 from tests.tiny_flux import tiny_flux
 from tests.tiny_pixart import pixart_ddim, tiny_pixart, tiny_pixart_1024, tiny_pixart_sigma
 from tests.tiny_qwen_image import tiny_qwen_image
+from tests.tiny_sana import tiny_sana
 from tests.tiny_wan import tiny_wan, tiny_wan_5b
 from tests.tiny_z_image import tiny_z_image
 
@@ -233,4 +235,5 @@ CASES = (
         calls=UNBINNED,
         load=by_peft,
     ),
+    Case("sana", seeded(tiny_sana), Sana, TOLD, ({}, {"height": 64, "width": 32}), calls=UNBINNED),
 )

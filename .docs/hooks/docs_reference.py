@@ -26,8 +26,9 @@ SUBJECTS = {  # of flowalign and trainers; what is in none of them and names a p
     "models": ("Models", (
         "flowalign.models.base", "flowalign.models.pipeline", "flowalign.models.sd3", "flowalign.models.unet",
         "flowalign.models.controlnet", "flowalign.models.flux", "flowalign.models.qwen_image",
-        "flowalign.models.z_image", "flowalign.models.pixart", "flowalign.models.wan", "flowalign.models.editing",
-        "flowalign.models.gaussian", "flowalign.adapters", "flowalign.models.memory", "flowalign.sharding",
+        "flowalign.models.z_image", "flowalign.models.pixart", "flowalign.models.sana", "flowalign.models.wan",
+        "flowalign.models.editing", "flowalign.models.gaussian", "flowalign.adapters",
+        "flowalign.models.memory", "flowalign.sharding",
     )),
     "settings": ("Settings of a run", (
         "trainers.batch", "trainers.optim", "trainers.evaluation", "trainers.keeper", "trainers.forward_times",

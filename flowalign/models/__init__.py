@@ -11,6 +11,7 @@ from flowalign.models.loading import pipeline_class, settings_of
 from flowalign.models.pipeline import PipelineModel
 from flowalign.models.pixart import PixArt
 from flowalign.models.qwen_image import QwenImage
+from flowalign.models.sana import Sana
 from flowalign.models.sd3 import SD3
 from flowalign.models.unet import StableDiffusion, StableDiffusionXL
 from flowalign.models.wan import Wan, WanImageToVideo
@@ -25,6 +26,7 @@ FAMILIES: tuple[type[PipelineModel], ...] = (
     QwenImage,
     ZImage,
     PixArt,
+    Sana,
     Wan,
     WanImageToVideo,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "PipelineModel",
     "PixArt",
     "QwenImage",
+    "Sana",
     "StableDiffusion",
     "StableDiffusionXL",
     "Wan",
