@@ -138,6 +138,7 @@ def _arguments(use: Use) -> list[str]:
     if use.policy.kind in IMAGE_FIRST:
         found["image"] = 'load_image("start.png")'
     found |= {name: repr(settings[name]) for name in SAME if settings.get(name) not in (None, "")}
+    found |= {"use_resolution_binning": "False", "clean_caption": "False"}  # sizes and prompts as they are asked for
     if settings.get("frames"):
         found["num_frames"] = repr(settings["frames"])
     steps, scale = told.get("num_inference_steps"), told.get("guidance_scale")

@@ -40,6 +40,7 @@ MAX_DEPTH = 20  # of parentheses, functions and signs; each costs several frames
 REWARDS: dict[str, str] = {
     "aesthetic": "rewards.aesthetic.Aesthetic",
     "clip": "rewards.clip.CLIPScore",
+    "colourfulness": "rewards.colourfulness.Colourfulness",
     "ctc_text": "rewards.ctc.CTCText",
     "geneval": "rewards.geneval.GenEval",
     "hpsv2.1": "rewards.hps.HPSv2",

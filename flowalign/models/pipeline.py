@@ -20,6 +20,7 @@ from flowalign.models.base import Latents, Sigma, Sigmas
 from flowalign.models.embedding_store import EmbeddingStore
 from flowalign.models.encoding import Embedding, Encoded, Told, embeddings_of, stacked
 from flowalign.models.fingerprints import config_of, text_facts
+from flowalign.models.first_order import first_order
 from flowalign.models.loading import load_pipeline
 from flowalign.models.memory import Memory, autocast, device_of, encoders_on, finish, load_dtypes, place
 from flowalign.models.policies import PolicyModel, check_whole, policy_on
@@ -223,7 +224,7 @@ class PipelineModel(PolicyModel):
 
     def flow_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The first-order scheduler whose sigmas a rollout takes: the pipeline's own, or its like."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        return first_order(self.pipeline.scheduler)
 
     def resolution_shift(self) -> float | None:
         """mu, where the scheduler shifts its sigmas by the resolution."""

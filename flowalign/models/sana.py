@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers import SanaPipeline
 from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.models.base import Latents, Sigma
 from flowalign.models.encoding import Told
+from flowalign.models.first_order import first_order, multistep_shift
 from flowalign.models.pipeline import PipelineModel, timesteps
 from flowalign.records import Condition
 from flowalign.schedules import linear
@@ -45,22 +46,9 @@ class Sana(PipelineModel):
     def prepare(self) -> None:
         if self.pipeline.transformer.config.guidance_embeds:
             raise ValueError("the transformer wants to be told the guidance scale, and SanaPipeline does not do so")
-        config = self.pipeline.scheduler.config
-        if "flow_shift" not in config:
-            return
-        if not config.use_flow_sigmas:
-            raise ValueError(
-                f"the pipeline's {type(self.pipeline.scheduler).__name__} does not say use_flow_sigmas; "
-                "give it a FlowMatchEulerDiscreteScheduler with a shift"
-            )
-        self.grid = self.grid or linear
-
-    def flow_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        config = self.pipeline.scheduler.config
-        if "flow_shift" not in config:
-            return super().flow_scheduler()
-        shift = float(config.flow_shift)
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift)
+        first_order(self.pipeline.scheduler)  # raises where it cannot be
+        if multistep_shift(self.pipeline.scheduler) is not None:
+            self.grid = self.grid or linear
 
     def default_size(self) -> int:
         return int(self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from flowalign.adapters import LoRA
 from flowalign.media import load
 from flowalign.models.base import Latents, Sigma
 from flowalign.models.encoding import Told
+from flowalign.models.first_order import first_order, multistep_shift
 from flowalign.models.memory import Memory
 from flowalign.models.pipeline import PipelineModel, Precision, timesteps
 from flowalign.pictures import to_images
@@ -89,11 +90,7 @@ class Wan(PipelineModel):
                 f"this {type(self.pipeline).__name__} has two transformers (Wan 2.2 14B: transformer_2, "
                 "boundary_ratio), and a policy is on one; take a Wan 2.1 model or Wan 2.2's 5B"
             )
-        if self.scheduler_shift() is not None and not self.pipeline.scheduler.config.use_flow_sigmas:
-            raise ValueError(
-                f"the pipeline's {type(self.pipeline.scheduler).__name__} does not say use_flow_sigmas; "
-                "give it a FlowMatchEulerDiscreteScheduler with a shift"
-            )
+        first_order(self.pipeline.scheduler)  # raises where it cannot be
         self.check_frames(self.frames)
         if not self.fps > 0:
             raise ValueError(f"fps must be positive, got {self.fps}")
@@ -123,19 +120,8 @@ class Wan(PipelineModel):
         whole = math.prod(side // unit for side, unit in zip(sides, patch, strict=True))
         return {f"{told} of {self.frames} x {self.height} x {self.width}": whole}
 
-    def scheduler_shift(self) -> float | None:
-        """flow_shift of the multistep scheduler that Wan ships; None for one that has no such setting."""
-        shift = self.pipeline.scheduler.config.get("flow_shift")
-        return None if shift is None else float(shift)
-
-    def flow_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        shift, config = self.scheduler_shift(), self.pipeline.scheduler.config
-        if shift is None:
-            return super().flow_scheduler()
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift)
-
     def scheduler_note(self) -> str | None:
-        shift = self.scheduler_shift()
+        shift = multistep_shift(self.pipeline.scheduler)
         if shift is None:
             return super().scheduler_note()
         return (
