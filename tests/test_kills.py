@@ -29,7 +29,13 @@ ALL_KILLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "place", "turn"), ALL_KILLS)
+FAST = ("flow_grpo", "draft", "dpo")  # one of each family; the others are killed by hand: pytest -m slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "turn"),
+    [pytest.param(*one, marks=() if one[0] in FAST else pytest.mark.slow) for one in ALL_KILLS],
+)
 def test_a_killed_run_comes_to_the_same(kind, place, turn, tmp_path, unbroken):
     work = functools.partial(train, tmp_path / "run", kind=kind)
     assert processes.killed(dying(work, place, turn, 0, signal.SIGKILL)) == -signal.SIGKILL
