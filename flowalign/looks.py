@@ -100,7 +100,7 @@ def variety(copies: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
 
     In [0, 1]: 0 where all are one picture.
     """
-    distances = torch.cdist(copies, copies, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(copies, copies, compute_mode="use_mm_for_euclid_dist").fill_diagonal_(0)
     return distances.sum(1) / max(len(copies) - 1, 1)
 
 
