@@ -4,8 +4,9 @@
     python scripts/repeat_tests.py --times 50 tests/test_overlap.py -k signal
 
 Without arguments of pytest's own it takes the tests of several processes: what is the same on any number of them, what
-a signal stops, and what their clocks have to do with it. Every repeat is a pytest of its own; of one that fails the
-whole output is left in --out. Ctrl-C ends it with the rate so far. Exit status 1 where any repeat has failed.
+a signal stops, what their clocks have to do with it, shards and context parallelism. Every repeat is a pytest of its
+own; of one that fails the whole output is left in --out. Ctrl-C ends it with the rate so far. Exit status 1 where any
+repeat has failed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITE = ["tests/test_processes.py", "tests/test_stops.py", "tests/test_clocks.py"]
+SUITE = [f"tests/test_{name}.py" for name in ("processes", "stops", "clocks", "sharding", "context_parallel")]
 
 
 def once(words: Sequence[str], log: Path) -> tuple[bool, str]:

@@ -29,16 +29,8 @@ if TYPE_CHECKING:
 
 MARKER = "PREEMPTED"  # in the run folder, for a job script: the run was told to stop and can go on
 
-UPDATED = (
-    "policy",
-    "average",
-    "moments",
-    "steps",
-    "scaler",
-    "skipped",
-    "older",
-    "kl_coef",
-)  # of the record, by updates
+# Of the record, what optimizer steps change
+UPDATED = ("policy", "average", "moments", "steps", "scaler", "skipped", "older", "kl_coef")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -191,8 +191,8 @@ def _shown(made: Gathered) -> list[Shown]:
 
     order = sorted(range(len(first.run.prompts)), key=lambda i: (-spread(i, made.metric), -spread(i, "total"), i))
     chosen = tuple(order[:count])
-    pictures = [_kept_pictures(one, one.own.after_epoch, chosen) for _, one in runs if one.own is not None]
-    before = _kept_pictures(first, first.own.before_epoch, chosen)
+    pictures = [from_zip(one.run.zip_of(one.own.after_epoch), chosen) for _, one in runs if one.own is not None]
+    before = from_zip(first.run.zip_of(first.own.before_epoch), chosen)
 
     def cells(i: int) -> tuple[Cell, ...]:
         start = Cell(BASE, None, _score(first.own.before[i], made.metric) if first.own else math.nan, before.get(i))
@@ -203,10 +203,6 @@ def _shown(made: Gathered) -> list[Shown]:
         return (start, *later)
 
     return [Shown(first.run.prompts[i].text, first.run.prompts[i].kind, cells(i)) for i in chosen]
-
-
-def _kept_pictures(one: Compared, epoch: int, index: Sequence[int]) -> Mapping[int, Embedded]:
-    return from_zip(one.run.zip_of(epoch), tuple(index))
 
 
 def _score(row: Mapping[str, float], name: str) -> float:
