@@ -5,11 +5,11 @@
         --arm 'Flow-DPO + 56000 = flow_dpo/shapes'
 
 An arm is a name, a config and options of it, as `flowalign train` takes them; what stored pairs took to be made is told
-with a plus. Each is trained with each seed; what has been trained in part goes on, and what is done is not done again.
-Compute is counted in forwards of one network row: a row with its backward is 3, and so are decode and reward where
-gradients go through them; what those two cost is measured once for each arm. Evaluations are not counted. With
---compute an arm gets as many epochs as it pays for, and its learning rate falls over all of them. Of each run the curve
-of held-out scores is written to OUT/curves.jsonl, and to the table:
+with a plus. Each is trained with each seed; what has been trained in part goes on, and what is in OUT/table.jsonl is
+not done again. Compute is counted in forwards of one network row: a row with its backward is 3, and so are decode and
+reward where gradients go through them; what those two cost is measured once for each arm, and kept. Evaluations are not
+counted. With --compute an arm gets as many epochs as it pays for, and its learning rate falls over all of them. Of each
+run the curve of held-out scores is written to OUT/curves.jsonl, and to the table:
 
     gain       of the kept policy over the base on 2,048 held-out prompts that no run looked at, and the lower end of
                its paired 95 % interval
@@ -19,6 +19,7 @@ of held-out scores is written to OUT/curves.jsonl, and to the table:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import time
@@ -50,11 +51,12 @@ JUDGED, SEED = 2048, 1  # held-out prompts of the table, which have another seed
 
 @dataclass(frozen=True)
 class Arm:
-    """A method: its name, the config with its options, and what was spent before, as on stored pairs."""
+    """A method: its name, the config with its options, what was spent before, as on stored pairs, and `sample_cost`."""
 
     name: str
     config: dict[str, Any]
     spent: float = 0.0
+    per_epoch: float = 0.0
 
     @classmethod
     def of(cls, text: str) -> Arm:
@@ -69,12 +71,21 @@ class Arm:
         call = parse_trainer(override(self.config, {"folder": str(folder), "seed": seed}))
         return construct(call), {"trainer": call.path, **arguments_of(call)}
 
+    def priced(self, out: Path) -> Arm:
+        """The same with its `sample_cost`: the one in OUT, so that runs go on with the epochs that they began with."""
+        kept, key = out / "costs.json", f"{self.name} {digest(self.config)}"
+        costs = json.loads(kept.read_text()) if kept.exists() else {}
+        if key not in costs:
+            costs[key] = sample_cost(self.trainer(out / "unused", 0)[0])
+            kept.write_text(json.dumps(costs, indent=1) + "\n")
+        return replace(self, per_epoch=costs[key])
+
     def paid_by(self, compute: float, folder: Path) -> Arm:
         """The same with as many epochs as so much compute pays for, five evaluations, and the decay over all."""
         trainer, _ = self.trainer(folder, 0)
         cycle = [trainer.needed(trainer.collection.epoch(number)) for number in range(CYCLE)]
         rows = sum(one.forward + 3 * one.gradient for one in cycle) / CYCLE
-        epochs = max(1, round((compute - self.spent) / (rows + sample_cost(trainer))))
+        epochs = max(1, round((compute - self.spent) / (rows + self.per_epoch)))
         changed = {"epochs": epochs, "optimizer.decay": epochs * trainer.updates_per_epoch}
         return replace(self, config=override(self.config, changed | {"evaluation.every": -(-epochs // 5)}))
 
@@ -86,6 +97,11 @@ class Point:
     epoch: int
     compute: float
     scores: dict[str, float]
+
+
+def digest(config: dict[str, Any]) -> str:
+    """A short name of an arm's settings."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def sample_cost(trainer: Trainer) -> float:
@@ -135,7 +151,7 @@ def run(arm: Arm, seed: int, out: Path, gains: list[float], before: Tensor) -> d
     folder, started = out / f"{arm.name}-{seed}".replace(" ", "_"), time.monotonic()
     trainer, config = arm.trainer(folder, seed)
     trainer.train(config, resume=folder.is_dir())  # returns at once where all epochs are made
-    points = [*curve(folder, arm.spent, sample_cost(trainer))]
+    points = [*curve(folder, arm.spent, arm.per_epoch)]
     with (out / "curves.jsonl").open("a") as file:
         file.writelines(json.dumps({"arm": arm.name, "seed": seed, **asdict(one)}) + "\n" for one in points)
     after = judged(arm.config, folder / "lora")
@@ -144,8 +160,8 @@ def run(arm: Arm, seed: int, out: Path, gains: list[float], before: Tensor) -> d
     base = points[0].scores["held-out"]
     reached = {f"cost of {gain:g}": first(points, base + gain) for gain in gains}
     return {
-        "arm": arm.name, "seed": seed, "before": round(found.before, 4), "gain": round(found.change, 4),
-        "lower": round(found.low, 4), "compute": round(points[-1].compute),
+        "arm": arm.name, "seed": seed, "settings": digest(arm.config), "before": round(found.before, 4),
+        "gain": round(found.change, 4), "lower": round(found.low, 4), "compute": round(points[-1].compute),
         "last": round(points[-1].scores["held-out"] - base, 4), **reached,
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
@@ -154,6 +170,12 @@ def run(arm: Arm, seed: int, out: Path, gains: list[float], before: Tensor) -> d
 def first(points: list[Point], score: float) -> int | None:
     """Compute until a score was first reached; None if it never was."""
     return next((round(one.compute) for one in points if one.scores["held-out"] >= score), None)
+
+
+def rows_of(table: Path) -> dict[tuple[Any, ...], str]:
+    """Lines of a table by arm, seed and settings."""
+    lines = table.read_text().splitlines() if table.exists() else []
+    return {tuple(map(json.loads(line).get, ("arm", "seed", "settings"))): line for line in lines}
 
 
 def main() -> None:
@@ -167,13 +189,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    table = arguments.out / "table.jsonl"
+    done = rows_of(table)
     for asked in arguments.arm:
-        arm = asked.paid_by(arguments.compute, arguments.out / "unused") if arguments.compute else asked
-        before = judged(arm.config, None)
-        for seed in arguments.seeds:
+        arm = asked.priced(arguments.out)
+        if arguments.compute:
+            arm = arm.paid_by(arguments.compute, arguments.out / "unused")
+        keys = {seed: (arm.name, seed, digest(arm.config)) for seed in arguments.seeds}
+        before = judged(arm.config, None) if keys.values() - done.keys() else None
+        for seed, key in keys.items():
+            if key in done or before is None:
+                print(done[key], flush=True)
+                continue
             line = json.dumps(run(arm, seed, arguments.out, arguments.gain, before))
             print(line, flush=True)
-            with (arguments.out / "table.jsonl").open("a") as file:
+            with table.open("a") as file:
                 file.write(line + "\n")
 
 
