@@ -40,7 +40,6 @@ def launched(
         change: called with the rank in each process before the command. leave: those that are killed, hanging or not,
             once all others have ended.
     """
-    typecheck.make_all()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     files = [place / f"stderr-{rank}" for rank in range(world)]
@@ -64,6 +63,7 @@ def launched(
 def _child(rank: int, file: Path, world: int, port: int, words: list[str], change: Callable[[int], None]) -> None:
     sys.stderr = file.open("w", buffering=1)  # pytest has put its own in place of the system's
     torch.set_num_threads(1)
+    typecheck.switch_off()
     told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in told.items()}
     change(rank)

@@ -26,7 +26,6 @@ def run(world: int, place: Path, work: Callable[[int], Any], seconds: float = PA
 
     Raises: RuntimeError with the traceback of a process that fails, or the ranks that do not end in time.
     """
-    typecheck.make_all()
     meeting = place / f"meeting-{time.monotonic_ns()}"
     queue = FORK.Queue()
     started = [FORK.Process(target=_child, args=(rank, world, meeting, work, queue)) for rank in range(world)]
@@ -56,7 +55,6 @@ def run(world: int, place: Path, work: Callable[[int], Any], seconds: float = PA
 
 def killed(work: Callable[[], Any], seconds: float = PATIENCE) -> int:
     """The exit code of a process that does `work`, negative for the signal that killed it."""
-    typecheck.make_all()
     process = FORK.Process(target=_alone, args=(work,))
     process.start()
     process.join(timeout=seconds)
@@ -69,11 +67,13 @@ def killed(work: Callable[[], Any], seconds: float = PATIENCE) -> int:
 
 def _alone(work: Callable[[], Any]) -> None:
     torch.set_num_threads(1)
+    typecheck.switch_off()
     work()
 
 
 def _child(rank: int, world: int, meeting: Path, work: Callable[[int], Any], queue: Any) -> None:
     torch.set_num_threads(1)
+    typecheck.switch_off()
     os.environ["RANK"] = str(rank)
     try:
         if world > 1:

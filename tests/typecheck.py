@@ -25,7 +25,7 @@ vars(codemain)["getrandbits"] = random.Random(0).getrandbits
 # As for static checkers, an int will do where a float is asked for.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 scope = jaxtyping.jaxtyped
-WAITING: list[Callable[[], None]] = []
+ON = [True]  # to be set to False
 
 
 def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
@@ -42,35 +42,28 @@ def _decorated(found: Any) -> Any:
     return found
 
 
-def make_all() -> None:
-    """Make all checks that wait for a first call: before a fork, so that no child has to."""
-    while WAITING:
-        WAITING.pop()()
+def switch_off() -> None:
+    """No more checks in this process, which take some 30 % of its time: tests in one process make them."""
+    ON[0] = False
 
 
 def _checked(function: Any) -> Any:
     made: Callable[..., Any] | None = None
     shaped = False
 
-    def make() -> None:
-        nonlocal made, shaped
-        if made is not None:
-            return
-        hints = {name: _hint(hint, function) for name, hint in function.__annotations__.items()}
-        made, shaped = _with_checks(function, hints), any(_has_shape(hint) for hint in hints.values())
-
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made, shaped
+        if not ON[0]:
+            return function(*args, **kwargs)
         if made is None:
-            make()
-            assert made is not None
+            hints = {name: _hint(hint, function) for name, hint in function.__annotations__.items()}
+            made, shaped = _with_checks(function, hints), any(_has_shape(hint) for hint in hints.values())
         if not shaped:
             return made(*args, **kwargs)
         with scope("context"):
             return made(*args, **kwargs)
 
-    if "<locals>" not in function.__qualname__:
-        WAITING.append(make)
     return call
 
 
