@@ -4,9 +4,9 @@
     python scripts/repeat_tests.py --times 50 tests/test_overlap.py -k signal
 
 Without arguments of pytest's own it takes the tests of several processes: what is the same on any number of them, what
-a signal stops, what their clocks have to do with it, shards and context parallelism. Every repeat is a pytest of its
-own; of one that fails the whole output is left in --out. Ctrl-C ends it with the rate so far. Exit status 1 where any
-repeat has failed.
+a signal stops, what their clocks have to do with it, shards and context parallelism. Tests are collected once; every
+repeat is a pytest in a fork of the process that has, so that nothing is imported again. Of one that fails the whole
+output is left in --out. Ctrl-C ends it with the rate so far. Exit status 1 where any repeat has failed.
 """
 
 from __future__ import annotations
@@ -14,22 +14,49 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = [f"tests/test_{name}.py" for name in ("processes", "stops", "clocks", "sharding", "context_parallel")]
 
 
+def forked(words: Sequence[str], log: Path) -> int:
+    """The exit code of a pytest that runs in a fork and writes into a file."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = 70
+        try:
+            code = pytest.main(["-p", "no:cacheprovider", *words])
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def collect(words: Sequence[str]) -> None:
+    """Import the tests and what they test, here and thus in all forks; what is wrong with them the repeats tell."""
+    stdout, kept = sys.stdout, os.dup(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        sys.stdout = nowhere
+        pytest.main(["-p", "no:cacheprovider", "--collect-only", "-q", *words])
+    sys.stdout = stdout
+    os.dup2(kept, 1)
+    os.close(kept)
+
+
 def once(words: Sequence[str], log: Path) -> tuple[bool, str]:
     """Whether all tests pass, and pytest's last line; the log stays where one fails."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", *words]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with log.open("w") as file:
-        code = subprocess.run(command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT).returncode
+    code = forked(["-rfE", *words], log)
     said = log.read_text().strip().splitlines()
     if code == 0:
         log.unlink()
@@ -43,11 +70,16 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("build/repeats"), help="where logs of failures stay")
     asked, own = parser.parse_known_args(words)
-    asked.out.mkdir(parents=True, exist_ok=True)
+    out = asked.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    os.chdir(ROOT)
+    sys.path[:0] = [str(ROOT)]
+    collect(own or SUITE)
     began, done, failed = time.monotonic(), 0, list[str]()
     try:
         for number in range(1, asked.times + 1):
-            log = asked.out.absolute() / f"{os.getpid()}-{number:04d}.log"
+            log = out / f"{os.getpid()}-{number:04d}.log"
             good, line = once(own or SUITE, log)
             done += 1
             failed += [] if good else [f"{number}: {line} ({log})"]

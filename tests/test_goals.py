@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from scripts import repeat_tests
 from scripts.goal_rows.measuring import Bench, Cases, Goal, Measured, read_report
 from scripts.goals import GOALS, Row, main, measure, table
-from scripts.repeat_tests import main as repeat
 
 HELD = Measured("3 of 3 cases", True, 12.4)
 
@@ -127,11 +129,13 @@ def test_it():
 """
 
 
-def test_repeats_count_flakes_and_keep_what_they_say(tmp_path, capsys):
+def test_repeats_count_flakes_and_keep_what_they_say(tmp_path):
     (tmp_path / "test_flaky.py").write_text(FLAKY)
     own = [str(tmp_path / "test_flaky.py"), "-c", os.devnull]
-    assert repeat(["--times", "2", "--out", str(tmp_path / "out"), *own]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    command = [sys.executable, repeat_tests.__file__, "--times", "2", "--out", str(tmp_path / "out"), *own]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
     assert lines[0].startswith("1/2 passed: 1 passed in ")
     assert lines[1].startswith("2/2 FAILED: 1 failed in ")
     assert lines[-1].startswith("2 repeats, 1 with a failure (50.0%), ")
