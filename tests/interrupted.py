@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ def dying(work: Callable[[int], Any], place: str, turn: int, victim: int, number
         return work(rank)
 
     return change
+
+
+def slow_but(first: Sequence[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases of a test, of which all but some are slow."""
+    told = ((one, one if isinstance(one, tuple) else (one,)) for one in cases)
+    return [pytest.param(*values, marks=() if one in first else pytest.mark.slow) for one, values in told]
 
 
 def train(folder: Path, rank: int = 0, kind: str = "flow_grpo", **changes: Any) -> None:

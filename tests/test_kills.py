@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests import processes
-from tests.interrupted import dying, train
+from tests.interrupted import dying, slow_but, train
 from tests.jobs import BY_GRADIENT, digest
 
 KILLS = [
@@ -29,13 +29,13 @@ ALL_KILLS = [
 ]  # fmt: skip
 
 
-FAST = ("flow_grpo", "draft", "dpo")  # one of each family; the others are killed by hand: pytest -m slow
+FAST = [
+    *(("flow_grpo", *kill) for kill in KILLS),
+    ("draft", "path", 7), ("draft", "step", 3), ("dpo", "forward", 10), ("dpo", "forward step", 6),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "place", "turn"),
-    [pytest.param(*one, marks=() if one[0] in FAST else pytest.mark.slow) for one in ALL_KILLS],
-)
+@pytest.mark.parametrize(("kind", "place", "turn"), slow_but(FAST, ALL_KILLS))
 def test_a_killed_run_comes_to_the_same(kind, place, turn, tmp_path, unbroken):
     work = functools.partial(train, tmp_path / "run", kind=kind)
     assert processes.killed(dying(work, place, turn, 0, signal.SIGKILL)) == -signal.SIGKILL
@@ -43,15 +43,15 @@ def test_a_killed_run_comes_to_the_same(kind, place, turn, tmp_path, unbroken):
     assert digest(tmp_path / "run") == unbroken(1, kind)
 
 
-@pytest.mark.parametrize(
-    ("kind", "place", "turn", "victim"),
-    [
-        ("flow_grpo", "rollout", 3, 0), ("flow_grpo", "reward", 3, 1), ("flow_grpo", "update", 8, 1),
-        ("flow_grpo", "write", 2, 1), ("flow_grpo", "seal", 4, 0), ("dense_grpo", "update", 7, 1),
-        ("tree", "update", 5, 1), ("draft", "path", 3, 1), ("refl", "step", 2, 0), ("instruct_video", "path", 3, 0),
-        ("dpo", "forward", 6, 1), ("pairs", "forward step", 4, 0),
-    ],
-)  # fmt: skip
+TWO = [
+    ("flow_grpo", "rollout", 3, 0), ("flow_grpo", "reward", 3, 1), ("flow_grpo", "update", 8, 1),
+    ("flow_grpo", "write", 2, 1), ("flow_grpo", "seal", 4, 0), ("dense_grpo", "update", 7, 1),
+    ("tree", "update", 5, 1), ("draft", "path", 3, 1), ("refl", "step", 2, 0), ("instruct_video", "path", 3, 0),
+    ("dpo", "forward", 6, 1), ("pairs", "forward step", 4, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "place", "turn", "victim"), slow_but([*TWO[1:4], TWO[7], TWO[10]], TWO))
 def test_one_of_two_processes_is_killed(kind, place, turn, victim, tmp_path, unbroken):
     work = functools.partial(train, tmp_path / "run", kind=kind)
     with pytest.raises(RuntimeError, match=r"process(es)? .* (has|have) gone"):

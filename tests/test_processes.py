@@ -17,6 +17,7 @@ from flowalign.distributed import share
 from flowalign.schedules import AllSteps, FanOut
 from flowalign.transitions import FlowSDE
 from tests import processes
+from tests.interrupted import slow_but
 from tests.jobs import BY_GRADIENT, FORWARD, JOBS, REPLAYED, job, rows
 from trainers import Optimizer, Sampling
 from trainers.gathering import gather_files
@@ -137,7 +138,7 @@ def test_a_gradient_of_the_reward_is_the_same_on_any_number_of_processes(kind, t
             assert max(np.abs(a - b).max() for a, b in zip(found, alone, strict=True)) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", BY_GRADIENT)
+@pytest.mark.parametrize("kind", slow_but(["draft"], BY_GRADIENT))
 def test_updates_by_gradient_come_to_the_same_policy(kind, tmp_path):
     """Six optimizer steps of three rows, in two micro-batches."""
     (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", {}, kind=kind))
@@ -159,7 +160,7 @@ def test_noising_anew_is_the_same_on_any_number_of_processes(kind, tmp_path):
             assert max(np.abs(a - b).max() for a, b in zip(found, alone, strict=True)) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", FORWARD)
+@pytest.mark.parametrize("kind", slow_but(["dpo", "nft"], FORWARD))
 def test_updates_by_noising_anew_come_to_the_same_policy(kind, tmp_path):
     """Six optimizer steps, the last two of which are compared with another reference online."""
     (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", {}, kind=kind))

@@ -10,14 +10,16 @@ import pytest
 
 from flowalign import checkpoint
 from tests import processes
-from tests.interrupted import GENTLE, assert_close, dying, state_of, told, train
+from tests.interrupted import GENTLE, assert_close, dying, slow_but, state_of, told, train
 from tests.jobs import BY_GRADIENT, FORWARD, digest
 
+STOPS = [
+    (signal.SIGTERM, "rollout", 6, 1), (signal.SIGUSR1, "update", 9, 1), (signal.SIGINT, "reward", 2, 1),
+    (signal.SIGTERM, "rollout", 6, 2), (signal.SIGUSR1, "update", 9, 2), (signal.SIGINT, "reward", 2, 2),
+]  # fmt: skip
 
-@pytest.mark.parametrize(("number", "place", "turn"), [
-    (signal.SIGTERM, "rollout", 6), (signal.SIGUSR1, "update", 9), (signal.SIGINT, "reward", 2),
-])  # fmt: skip
-@pytest.mark.parametrize("world", [1, 2])
+
+@pytest.mark.parametrize(("number", "place", "turn", "world"), slow_but([STOPS[2], STOPS[3], STOPS[4]], STOPS))
 def test_a_signal_stops_all_processes_within_a_step_and_loses_nothing(number, place, turn, world, tmp_path, unbroken):
     folder = tmp_path / "run"
     turn = turn if world == 1 else -(-turn // 2)
@@ -33,11 +35,14 @@ def test_a_signal_stops_all_processes_within_a_step_and_loses_nothing(number, pl
     assert not (folder / "PREEMPTED").exists()
 
 
-@pytest.mark.parametrize(("kind", "place", "turn"), [
+AMID = [
     ("draft", "path", 6), ("draft", "step", 3), ("refl", "path", 2), ("instruct_video", "path", 8), ("ipro", "path", 5),
     ("pairs", "forward", 2),
-])  # fmt: skip
-@pytest.mark.parametrize("world", [1, 2])
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "place", "turn"), slow_but([AMID[0], AMID[2], AMID[5]], AMID))
+@pytest.mark.parametrize("world", slow_but([2], [1, 2]))
 def test_a_signal_amid_a_gradient_makes_its_step_anew(kind, place, turn, world, tmp_path, unbroken):
     """Six optimizer steps of two micro-batches each; half of them a process where there are two."""
     folder = tmp_path / "run"
@@ -50,7 +55,7 @@ def test_a_signal_amid_a_gradient_makes_its_step_anew(kind, place, turn, world, 
     assert digest(folder) == unbroken(world, kind)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), slow_but([(2, 2), (2, 1)], [(1, 1), (2, 2), (2, 1)]))
 def test_a_calibration_that_is_stopped_goes_on_where_it_was(before, after, tmp_path, unbroken):
     """In the second of its two rounds: of each process's rollouts, four on one and two on two, the third or second."""
     folder = tmp_path / "run"
@@ -75,7 +80,7 @@ def test_a_second_signal_does_not_wait(tmp_path, monkeypatch):
     assert processes.killed(twice) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize(("before", "after"), slow_but([(3, 2)], [(2, 1), (1, 3), (3, 2)]))
 def test_it_goes_on_with_another_number_of_processes(before, after, tmp_path):
     """Stopped amid the rollouts, so that what each process held is shared out anew."""
     folder = tmp_path / "run"
@@ -87,7 +92,7 @@ def test_it_goes_on_with_another_number_of_processes(before, after, tmp_path):
     assert_close(folder, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", BY_GRADIENT)
+@pytest.mark.parametrize("kind", slow_but(["refl"], BY_GRADIENT))
 def test_a_run_by_gradient_goes_on_with_another_number_of_processes(kind, tmp_path):
     """Stopped between two optimizer steps of an epoch: the scores of the first are kept."""
     folder, changes = tmp_path / "run", {"kind": kind, "optimizer": GENTLE}
@@ -99,7 +104,7 @@ def test_a_run_by_gradient_goes_on_with_another_number_of_processes(kind, tmp_pa
     assert_close(folder, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", FORWARD)
+@pytest.mark.parametrize("kind", slow_but(["dpo", "nft"], FORWARD))
 def test_a_run_by_the_forward_process_goes_on_with_another_number_of_processes(kind, tmp_path):
     """Stopped between two optimizer steps of the last epoch, whose reference is another than the first one's."""
     folder, changes = tmp_path / "run", {"kind": kind, "optimizer": GENTLE}
