@@ -58,7 +58,7 @@ def draw(by_arm: dict[str, list[Curve]], order: list[str], file: Path) -> None:
     """A panel for each arm, best first."""
     columns = 4
     rows = -(-len(order) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.3 * rows))
+    figure = Figure(figsize=(3.1 * columns, 2.3 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     most = max(one[0][-1] for lines in by_arm.values() for one in lines)
     places = np.linspace(0, most, PLACES)
@@ -72,9 +72,10 @@ def draw(by_arm: dict[str, list[Curve]], order: list[str], file: Path) -> None:
         panel.plot(places / 1000, drawn[arm].mean(0), linewidth=1.8)
         panel.set_title(f"{arm} ({len(by_arm[arm])} seeds)", fontsize=9)
         panel.tick_params(labelsize=8)
+    for panel in panels[max(len(order) - columns, 0) : len(order)]:  # the lowest of each column
+        panel.tick_params(labelbottom=True)
     figure.supxlabel("thousands of network forwards", fontsize=9)
     figure.supylabel("held-out prompts drawn right", fontsize=9)
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
 
 

@@ -24,6 +24,7 @@ jaxtyping.install_import_hook(["flowalign", "rewards", "trainers"], "typecheck.c
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Own noise is keyed and needs no seed; this is for weights that a test draws at random."""
+    typecheck.begin()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
