@@ -18,7 +18,14 @@ from tests.families import CASES, Case
 from tests.tiny import randomise_policy
 
 PROMPTS = ["a red circle", "two blue squares"]
+VARIANTS = ("sd1.5 euler", "sd2.1 v, zero snr", "sdxl karras", "flux schnell", "pixart-alpha 1024, dpm-solver")
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# for what schedules have no part in: other schedules of a family are slow
+family = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case.name in VARIANTS else ()) for case in CASES],
+    ids=lambda case: case.name,
+)
 
 
 def adapted(case: Case, **more: Any) -> PipelineModel:
@@ -90,7 +97,7 @@ def test_first_ratio_is_exactly_one(case: Case) -> None:
         assert (again.log_probs - step.log_probs).exp().sub(1).abs().max() == 0
 
 
-@each
+@family
 def test_ratios_do_not_depend_on_which_prompts_share_a_call(case: Case) -> None:
     """An update's micro-batches hold other rows together than the rollout's did, with prompts of other lengths."""
     model = adapted(case)
@@ -108,7 +115,7 @@ def test_ratios_do_not_depend_on_which_prompts_share_a_call(case: Case) -> None:
         assert torch.equal(again.log_probs, asked.log_probs)
 
 
-@each
+@family
 def test_gradients_flow_from_pixels_to_the_policy(case: Case) -> None:
     model = adapted(case)
     randomise_policy(model)
@@ -126,7 +133,7 @@ def test_gradients_flow_from_pixels_to_the_policy(case: Case) -> None:
     assert {name.split(".lora_")[0] for name in without} == {*case.unused}
 
 
-@each
+@family
 def test_the_policy_loads_in_plain_diffusers(case: Case, tmp_path: FilePath) -> None:
     model = adapted(case)
     randomise_policy(model)
@@ -144,7 +151,7 @@ def test_the_policy_loads_in_plain_diffusers(case: Case, tmp_path: FilePath) -> 
     assert (base - ours).abs().max() > 1e-3
 
 
-@each
+@family
 def test_prompts_are_encoded_once_and_encoders_can_go(case: Case) -> None:
     model = adapted(case)
     calls: list[str] = []

@@ -21,6 +21,7 @@ from flowalign.records import Condition, Media, Prompts, Scores
 from flowalign.schedules import AllSteps, flow_match_euler, linear
 from flowalign.transitions import DDIM, FlowSDE
 from rewards.base import FunctionReward, Reward
+from tests.interrupted import slow_but
 from tests.jobs import BY_GRADIENT, JOBS, draft_job, job, redness, rows
 from trainers import Checkpoints, DRaFT, Evaluation, Optimizer, Sampling
 from trainers.base import Trainer
@@ -376,7 +377,7 @@ def test_a_tiny_last_step_is_told_with_a_remedy(tmp_path, capsys):
     assert any("K = 1 hardly trains" in problem.text for problem in problems)
 
 
-@pytest.mark.parametrize("kind", BY_GRADIENT)
+@pytest.mark.parametrize("kind", slow_but(["draft"], BY_GRADIENT))
 def test_a_check_tries_it_and_leaves_it_alone(kind, tmp_path):
     changes: dict[str, Any] = {"epochs": 1, "evaluation": Evaluation(["a star"] * 3, pictures=0)}
     made: Trainer = JOBS[kind](tmp_path / "run", **changes)

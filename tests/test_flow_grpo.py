@@ -77,7 +77,7 @@ def optimum(transition: Transition, steps: int = STEPS) -> GaussianModel:
     return model
 
 
-@pytest.mark.parametrize("transition", [FlowSDE(0.7), Memoryless()], ids=str)
+@pytest.mark.parametrize("transition", [FlowSDE(0.7), pytest.param(Memoryless(), marks=pytest.mark.slow)], ids=str)
 def test_training_reaches_the_tilted_law(transition, tmp_path):
     """Base N(0, 1), reward x, KL weight 1. Of five seeds mean and variance came within .04 and .07 of the optimum's."""
     run = trainer(tmp_path / "run", transition)

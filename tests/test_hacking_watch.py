@@ -23,7 +23,7 @@ from flowalign.report.watch import watched
 from rewards import RunningNormalise
 from rewards.base import FunctionReward
 from tests import jobs, processes
-from tests.interrupted import dying, state_of, told
+from tests.interrupted import dying, slow_but, state_of, told
 from tests.jobs import digest, rows
 from trainers import Evaluation, HackingWatch
 from trainers.alarms import trained_scores
@@ -345,7 +345,7 @@ def test_an_alarm_ends_the_run(on_alarm, told_run, tmp_path, capsys):
         assert digest(folder) == digest(told_run)
 
 
-@pytest.mark.parametrize(("place", "turn"), [("rename", 3), ("path", 5)])
+@pytest.mark.parametrize(("place", "turn"), slow_but([("path", 5)], [("rename", 3), ("path", 5)]))
 def test_a_killed_run_comes_to_the_same(place, turn, told_run, tmp_path):
     folder = tmp_path / "run"
     stop = dying(functools.partial(told, folder, kind="hacked"), place, turn, 0, signal.SIGTERM)

@@ -25,6 +25,7 @@ from flowalign.models import PipelineModel
 from flowalign.models.memory import CONVOLUTIONS, Memory, linear_layers, offload_linear, quantize
 from flowalign.records import Media, Prompts
 from tests.families import CASES, Case
+from tests.interrupted import slow_but
 from tests.jobs import job, rows
 from tests.tiny import randomise_policy, tiny_sd3
 from trainers.preflight import Preflight, page
@@ -278,7 +279,7 @@ def test_predicted_bytes_are_the_measured_ones(case: Case, precision, tmp_path: 
     assert held == pytest.approx(policy_bytes(trainer), rel=0.05)
 
 
-@pytest.mark.parametrize(("precision", "checkpointing"), [("no", False), ("bf16", True)])
+@pytest.mark.parametrize(("precision", "checkpointing"), slow_but([("bf16", True)], [("no", False), ("bf16", True)]))
 @each
 def test_predicted_activations_are_a_real_call_s(case: Case, precision, checkpointing) -> None:
     model = adapted(case, mixed_precision=precision, gradient_checkpointing=checkpointing)

@@ -68,15 +68,19 @@ def policy(folder: Path, changes: dict[str, Any], rank: int = 0, kind: str = "fl
     return {name: value.detach().numpy() for name, value in trainer.model.trainable().items()}
 
 
-@pytest.mark.parametrize("sampling", [UNEVEN, FANNED, SHARED], ids=["uneven", "fanned", "shared"])
+SOME = {"fanned": FANNED, "uneven": UNEVEN, "shared": SHARED}
+
+
+@pytest.mark.parametrize("sampling", slow_but(["fanned"], SOME))
 def test_six_updates_come_to_the_same_policy(sampling, tmp_path):
     """Within 1e-6, at a learning rate at which they move it by more than 1e-3; and to the same metrics."""
     start = {name: value.detach().numpy() for name, value in job(tmp_path / "x").model.trainable().items()}
-    (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", {"sampling": sampling}))
+    changes = {"sampling": SOME[sampling]}
+    (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", changes))
     assert max(np.abs(alone[name] - start[name]).max() for name in alone) > 1e-3
     for world in (2, 3, 5):
         folder = tmp_path / str(world)
-        found = processes.run(world, tmp_path, functools.partial(policy, folder, {"sampling": sampling}))
+        found = processes.run(world, tmp_path, functools.partial(policy, folder, changes))
         for one in found:
             assert all(np.array_equal(one[name], found[0][name]) for name in one)  # exactly replicated
             assert max(np.abs(one[name] - alone[name]).max() for name in one) <= 1e-6
@@ -128,7 +132,7 @@ def test_other_rollouts_and_their_gradient_are_the_same_on_any_number_of_process
         assert max(np.abs(a - b).max() for a, b in zip(gradient, alone[2], strict=True)) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", BY_GRADIENT)
+@pytest.mark.parametrize("kind", slow_but(["draft"], BY_GRADIENT))
 def test_a_gradient_of_the_reward_is_the_same_on_any_number_of_processes(kind, tmp_path):
     """6 rows in micro-batches of 2, on 1, 2 and 4 processes, the last of which has nothing to do."""
     (alone,) = processes.run(1, tmp_path, functools.partial(first_gradient, kind, tmp_path / "1"))
@@ -150,7 +154,7 @@ def test_updates_by_gradient_come_to_the_same_policy(kind, tmp_path):
         assert row == pytest.approx(same, abs=1e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", FORWARD)
+@pytest.mark.parametrize("kind", slow_but(["dpo", "pairs"], FORWARD))
 def test_noising_anew_is_the_same_on_any_number_of_processes(kind, tmp_path):
     """Stored pairs; and pairs out of groups of three in micro-batches of two, which processes do not hold whole."""
     (alone,) = processes.run(1, tmp_path, functools.partial(first_gradient, kind, tmp_path / "1"))

@@ -45,6 +45,7 @@ def share_right_after_the_autoencoder(prompts: Prompts) -> float:
     return ShapesVerifier().score(Media((decoded / 2 + 0.5).clamp(0, 1)), prompts).parts["strict"].mean().item()
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_what_the_verifier_reads() -> None:
     assert share_right_after_the_autoencoder(held_out_prompts(1000, seed=3)) >= 0.97
 
@@ -60,6 +61,7 @@ def test_the_base_draws_shapes_and_errs_on_composition() -> None:
     assert by_kind["relation"] < 0.4
 
 
+@pytest.mark.slow
 def test_the_few_step_model_draws_in_one_to_four_steps() -> None:
     """0.13, 0.33 and 0.41 of 512 held-out prompts; the base gets none right in one step. Standard errors are 0.03."""
     prompts, verifier = held_out_prompts(256, seed=11), ShapesVerifier()

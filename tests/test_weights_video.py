@@ -52,6 +52,7 @@ def test_the_name_alone_makes_a_model_of_the_size_that_it_was_trained_for() -> N
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_autoencoder_keeps_what_the_verifier_reads() -> None:
     """Of 1,500 videos it was 0.987; 0.0007 with a caption that is wrong in one respect, 0.014 with another shape."""
     prompts, rng = held_out_prompts(300, seed=3), np.random.default_rng(0)
@@ -72,6 +73,7 @@ def share_right(pixels: torch.Tensor, specs: Sequence[Spec]) -> float:
     return verify(pixels, list(specs))[1].float().mean().item()
 
 
+@pytest.mark.slow
 def test_the_base_moves_single_shapes_and_errs_on_changes_and_pairs() -> None:
     """Of 512 prompts 0.61, 0.47 and 0.08 at guidance 1; of two shapes next to none. Standard errors here are 0.06."""
     model, prompts = embedded(), held_out_prompts(192, 1, SINGLE)
