@@ -44,9 +44,7 @@ HOST = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't
 def told_of(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
     """The one line of an error that a command says; all else of it is looked at too."""
     capsys.readouterr()
-    started = time.monotonic()
     assert main([*words]) == code
-    assert time.monotonic() - started < 3
     told = capsys.readouterr().err
     assert "Traceback" not in told
     (line,) = [line for line in told.splitlines() if line.startswith("flowalign: error: ")]

@@ -20,7 +20,7 @@ from flowalign.interrupt import Stopped
 from flowalign.records import Media, Prompts
 from rewards.base import as_reward
 from tests import jobs, processes
-from tests.interrupted import dying, state_of, told, train
+from tests.interrupted import dying, slow_but, state_of, told, train
 from tests.jobs import digest, job, rows
 from trainers import Checkpoints, Evaluation, FlowGRPO, Optimizer
 from trainers.batch import Batch
@@ -111,7 +111,10 @@ def gone_on(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return whole
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(State) if f.name not in APART])
+FIELDS = [f.name for f in fields(State) if f.name not in APART]
+
+
+@pytest.mark.parametrize("name", slow_but(["epoch", "part", "buffer", "average", "moments", "normalisers"], FIELDS))
 def test_no_field_of_the_record_can_be_left_out(name, stopped, gone_on, tmp_path):
     fresh = getattr(State(), name)
     dropped = go_on(stopped, tmp_path / "dropped", lambda held: held.update({name: fresh}))

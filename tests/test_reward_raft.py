@@ -216,7 +216,7 @@ def test_frames_are_those_about_an_eighth_of_a_second_apart(rewards: dict[str, D
     assert reward(Media(video, 8.0), prompts(2)).parts["relative_flow"][1] != same.parts["relative_flow"][1]
 
 
-@pytest.mark.parametrize("size", [(64, 96), (96, 64), (60, 90)])
+@pytest.mark.parametrize("size", [pytest.param((64, 96), marks=pytest.mark.slow), (96, 64), (60, 90)], ids=str)
 def test_scores_of_known_flow(constant: Callable[[float, float], str], size: tuple[int, int]) -> None:
     """Flow of 5 pixels a side of a 3-4-5 triangle: 8 * 2 * 0.3125 = 5, against 6 min(h, w) / 256 = 1.5."""
     ratio = 5 / (6 * min(size) / 256)
