@@ -186,7 +186,7 @@ def space(trainer: Trainer, cut: Geometry, trial: Trial) -> Space:
     pictures = count * trial.rollouts.pixels[0].numel()  # in 8 bits
     on_device = trial.peak + moments(trainer) + max(held - kept_already, 0)
     memory = on_device if trainer.model.device.type == "cuda" else on_device + embeddings + pictures
-    largest = trial.saving.size + held * len(cut.shares)
+    largest = trial.saving.size + held * cut.processes
     kept = (trainer.checkpoints.keep + 2) * largest  # the best policy's, and the one being written
     files = _evaluation_files(trainer, trial, count)
     free = shutil.disk_usage(existing(trainer.folder)).free

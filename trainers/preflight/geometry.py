@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flowalign.accounting import Rows
+from flowalign.models import PipelineModel
 from flowalign.records import Interval, intervals
 from flowalign.schedules import Path
 from flowalign.step_weights import spread_of
@@ -26,7 +27,8 @@ class Geometry:
 
     rows: of trained network calls, each with `members` samples. shares: micro-batches of each process's rollouts.
     update_shares: those of its update, all optimizer steps together. taken: samples that the update takes, 0 for all.
-    drawn: whether the samples are rollouts, or stored.
+    drawn: whether the samples are rollouts, or stored. callers: processes that make each call together, and have one of
+    the shares (`flowalign.context_parallel`).
     """
 
     groups: int
@@ -39,6 +41,12 @@ class Geometry:
     update_shares: tuple[int, ...]
     taken: int = 0
     drawn: bool = True
+    callers: int = 1
+
+    @property
+    def processes(self) -> int:
+        """Of the run."""
+        return len(self.shares) * self.callers
 
     @property
     def samples(self) -> int:
@@ -62,8 +70,24 @@ class Geometry:
 
 
 def geometry(trainer: Trainer, processes: int = 1, batch_size: int | None = None) -> Geometry:
-    """The trainer's, or what it would be with another number of processes or another batch size."""
-    return trainer.preflight().geometry(processes, batch_size or trainer.sampling.batch_size)
+    """The trainer's, or what it would be with another number of processes or another batch size.
+
+    Raises: ValueError where processes that make calls together do not come out even.
+    """
+    callers = callers_of(trainer, processes)
+    if processes % callers:
+        raise ValueError(
+            f"memory.context_parallel: {callers} processes make each call together, which does not divide {processes}"
+        )
+    cut = trainer.preflight().geometry(processes // callers, batch_size or trainer.sampling.batch_size)
+    return replace(cut, callers=callers)
+
+
+def callers_of(trainer: Trainer, processes: int) -> int:
+    """How many of so many processes make each call together; one process makes all alone."""
+    model = trainer.model
+    together = model.memory.context_parallel if isinstance(model, PipelineModel) and processes > 1 else None
+    return 1 if together is None else together.size
 
 
 def better_batch_size(trainer: Trainer, processes: int) -> Geometry:

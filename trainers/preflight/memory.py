@@ -106,7 +106,7 @@ def predict(trainer: Trainer, cut: Geometry) -> Prediction | None:
         return None
     with model.sized(trainer.collection.order[0]):
         now = present(trainer, model)
-        passing = Passing(trainer, model, _most_rows(trainer, cut))
+        passing = Passing(trainer, model, _most_rows(trainer, cut), cut.callers)
         own = needs(trainer, model, cut, now, passing)
         least = own
         path, said = list[tuple[str, Needs]](), 0
@@ -166,11 +166,12 @@ def switches(now: Switches, whole: bool = False) -> Iterator[Switches]:
 
 
 class Passing:
-    """What is held for the time of a call, each run on fakes made once."""
+    """What is held for the time of a call, each run on fakes made once; of `callers` each holds its own tokens'."""
 
-    def __init__(self, trainer: Trainer, model: PipelineModel, most_rows: int) -> None:
-        self.model, self.rows, self.whole = model, most_rows, trainer.sampling.batch_size
-        self.policy, self.per_call = trainer.policy, trainer.sampling.rows_per_call
+    def __init__(self, trainer: Trainer, model: PipelineModel, most_rows: int, callers: int = 1) -> None:
+        self.model, self.rows, self.callers = model, most_rows, callers
+        self.policy, cut = trainer.policy, trainer.sampling
+        self.whole, self.per_call = cut.batch_size, cut.rows_per_call
         self._prompts, self._reward = trainer.collection.told_rows(trainer.collection.epoch(0), [0]), trainer.reward
         self._told = model.condition(self._prompts)
         self.with_reward = True  # unless it could not be run on fakes
@@ -188,7 +189,7 @@ class Passing:
         scale = self.policy.guidance_scale
         both = 2 if self.policy.unconditional_grad and self.model.calls(scale, 0.5) == 2 else 1
         one = activations(self.model, self._repeated(rows), checkpointing, precision, scale)
-        return Activations(both * one.saved, both * one.peak)
+        return Activations(both * one.saved // self.callers, both * one.peak // self.callers)
 
     def _seeing(self, rows: int, loss: Loss) -> int:
         """Bytes of decoding so many latents and scoring the pictures, with gradient; see `seeing`."""
@@ -197,7 +198,7 @@ class Passing:
         return found.peak
 
     def _sampling(self, rows: int, precision: torch.dtype) -> int:
-        return sampling_peak(self.model, self._repeated(rows), precision, self.policy.guidance_scale)
+        return sampling_peak(self.model, self._repeated(rows), precision, self.policy.guidance_scale) // self.callers
 
     def _repeated(self, rows: int) -> Condition:
         return self._told.rows(torch.zeros(rows, dtype=torch.int64))
@@ -213,7 +214,7 @@ def needs(trainer: Trainer, model: PipelineModel, cut: Geometry, choice: Switche
     """What the run needs with these settings."""
     held = {name: resident(name, part, model, choice) for name, part in components(model).items()}
     memory, most = choice.memory, passing.called(choice.batch_size)
-    split = 1 if memory.shard is None else memory.shard.parts(len(cut.shares))
+    split = 1 if memory.shard is None else memory.shard.parts(cut.processes)
     for name in (model.network_name, *model.beside):
         held[name] //= split
     waiting = {name: size for name, size in held.items() if name.startswith("text_encoder")}

@@ -103,7 +103,7 @@ def _padding(trainer: Trainer, cut: Geometry) -> Found:
     if worst <= PADDING:
         return None
     where = "rollouts" if cut.rollout_padding == worst else "update"
-    better = better_batch_size(trainer, len(cut.shares))
+    better = better_batch_size(trainer, cut.processes)
     text = (
         f"{percent(worst)} of rows on top are padding in the {where}: calls of sampling.batch_size {cut.batch_size} do "
         f"not divide an epoch of {cut.rows} rows in {cut.updates} optimizer steps"
@@ -116,8 +116,9 @@ def _idle(cut: Geometry) -> Found:
     idle = sum(count == 0 for count in cut.shares)
     if not idle:
         return None
+    groups = "processes" if cut.callers == 1 else f"groups of {cut.callers} processes"
     return warning(
-        f"{idle} of {len(cut.shares)} processes have nothing to do: an epoch has {sum(cut.shares)} micro-batches. "
+        f"{idle} of {len(cut.shares)} {groups} have nothing to do: an epoch has {sum(cut.shares)} micro-batches. "
         f"Lower sampling.batch_size to {max(1, cut.rows // len(cut.shares))}, or sample more groups"
     )
 

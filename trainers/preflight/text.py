@@ -14,7 +14,7 @@ from flowalign.transitions import ODE
 from trainers.preflight.checking import Preflight
 from trainers.preflight.family import Lines
 from trainers.preflight.findings import size, spread
-from trainers.preflight.geometry import LOOKED_AT, geometry
+from trainers.preflight.geometry import LOOKED_AT, callers_of, geometry
 from trainers.preflight.memory import Fit
 
 NAME = 22  # columns
@@ -99,7 +99,8 @@ def _geometry(found: Preflight) -> Lines:
         ("optimizer steps", f"{cut.updates} of {number(cut.learnt / cut.updates)} samples; {count(steps)} in the run"),
         ("update", f"{_many(sum(cut.update_shares))}, {percent(cut.update_padding)} padding"),
     ]
-    return shown + [_split(found, processes) for processes in sorted({2, 4, 8, len(cut.shares)} - {1})]
+    numbers = sorted({2, 4, 8, cut.processes} - {1})
+    return shown + [_split(found, many) for many in numbers if many % callers_of(trainer, many) == 0]
 
 
 def _split(found: Preflight, processes: int) -> tuple[str, str]:
@@ -107,8 +108,9 @@ def _split(found: Preflight, processes: int) -> tuple[str, str]:
     least, most = min(cut.shares), max(cut.shares)
     each = f"{_many(most) if least == most else f'{least} to {_many(most)}'} each"
     idle = sum(one == 0 for one in cut.shares)
-    busy = sum(cut.shares) / (most * processes)
+    busy = sum(cut.shares) / (most * len(cut.shares))
     told = f", {idle} without work" if idle else ""
+    each = each if cut.callers == 1 else f"groups of {cut.callers}, {each}"
     return f"on {processes} processes", f"{each}, busy {percent(busy)} of the time{told}"
 
 
@@ -153,13 +155,14 @@ def _time(found: Preflight) -> Lines:
         return []
     phases = {"rollout": times.rollout, "decode": times.decode, "reward": times.reward, "update": times.update}
     told = ", ".join(f"{name} {duration(value)}" for name, value in phases.items())
-    processes = len(found.cut.shares)
+    groups, callers = len(found.cut.shares), found.cut.callers
     shown = [("an epoch", f"{duration(times.epoch)}: {told}")]
     if times.evaluations:
         shown.append(("evaluations", f"{times.evaluations} of {duration(times.evaluation)}"))
     shown.append(("checkpoints", f"about {times.checkpoints} of {duration(times.checkpoint)}"))
     shown.append(("encoding prompts", duration(times.encoding)))
-    where = "" if processes == 1 else f" on {processes} processes as fast as this one, their exchange not counted"
+    each = "processes" if callers == 1 else f"groups of {callers} processes, each"
+    where = "" if groups * callers == 1 else f" on {groups} {each} as fast as this one, their exchange not counted"
     return [*shown, ("the whole run", f"{duration(times.run)} for {times.epochs} epochs{where}")]
 
 
