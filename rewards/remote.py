@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import uuid
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from typing import Literal
 
 import torch
 
+from flowalign.distributed import rank
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward, join_scores
 from rewards.payload import Request, decode_scores, encode_request
-from rewards.wire import address, ask, gather, read_secret, shown
+from rewards.wire import Address, address, ask, gather, read_secret, shown
 
 
 class RemoteReward(Reward):
@@ -27,25 +29,30 @@ class RemoteReward(Reward):
     are refused. Over plain http the token and the pictures can be read on the way: use it on one machine or in a
     network of your own.
 
+    Several servers of the same reward share the batches: each goes to one that is free. A server that cannot be had
+    stops the run all the same, whatever the others do.
+
     Args:
-        url: http(s)://host:port of the server.
+        url: http(s)://host:port of the server, or a list of them. Of several each has to answer /health, as `flowalign
+            serve` does, with the same name and hash of weights.
         token_file: holds the token that the server was started with.
         budget: seconds for one batch, its waiting and its retries included.
         retries: after errors of the connection and 5xx; a busy server is asked again as long as the budget lasts.
         batch_size: media per request; groups stay whole where the scope is "group".
-        in_flight: requests under way at once, and micro-batches of a trainer that may wait for their scores.
+        in_flight: requests under way at once at each server; of all servers together, micro-batches of a trainer that
+            may wait for their scores.
         name: of the score among the parts; those that the server names are kept beside it.
         exact: send float32 in place of PNGs of 8 bits, which round to the nearest 1 / 255 and are a tenth as large.
         scope: what one score depends on, as the served reward's card says.
-        weights: the beginning of the hash that the server's /health has to show, to score with these weights only.
+        weights: the beginning of the hash that each server's /health has to show, to score with these weights only.
 
-    Raises: ValueError for settings out of range and a url that is none. Scoring raises OSError where the server cannot
-    be had within the budget, and ValueError where it refuses or answers something else.
+    Raises: ValueError for settings out of range, a url that is none or comes twice. Scoring raises OSError where a
+    server cannot be had within the budget, and ValueError where it refuses or answers something else.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         token_file: str | None = None,
         budget: float = 60.0,
         retries: int = 5,
@@ -59,18 +66,24 @@ class RemoteReward(Reward):
         if batch_size < 1 or in_flight < 1:
             raise ValueError(f"batch_size and in_flight must be at least 1, got {batch_size} and {in_flight}")
         key = read_secret(token_file, "token_file") if token_file else ""
-        self.to = address("reward server", url.removesuffix("/compute"), key, float(budget), retries)
-        self.batch_size, self.in_flight, self.exact = batch_size, in_flight, exact
-        self.ahead, self._slots = in_flight, threading.Semaphore(in_flight)  # which the threads of all calls share
-        self.name, self.weights, self._checked = name, weights, not weights
-        self.card = Card(weights=f"{self.to}", licence="that of the served reward", modality="any", scope=scope)
+        urls = [url] if isinstance(url, str) else url
+        self.servers = [
+            address("reward server", one.removesuffix("/compute"), key, float(budget), retries) for one in urls
+        ]
+        if not urls or len({*self.servers}) < len(urls):
+            raise ValueError(f"url: expected one or several servers, each once, got {urls!r:.200}")
+        self.batch_size, self.exact, self.ahead = batch_size, exact, in_flight * len(urls)
+        self._free = self._slots(in_flight)
+        self.name, self.weights, self._checked = name, weights, not weights and len(urls) == 1
+        self.told = ", ".join(map(str, self.servers))
+        self.card = Card(weights=self.told, licence="that of the served reward", modality="any", scope=scope)
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
         if not self._checked:
-            self._check_weights()
+            self._check_health()
         batches = self._batches(prompts)
         asks = [partial(self._ask, media, prompts, index) for index in batches]
-        joined = self._join(gather(asks, self.in_flight))
+        joined = self._join(gather(asks, self.ahead))
         place = torch.tensor([row for index in batches for row in index]).argsort()
         device = media.pixels.device
         parts = {part: values[place].to(device) for part, values in joined.parts.items()}
@@ -79,17 +92,20 @@ class RemoteReward(Reward):
     def _ask(self, media: Media, prompts: Prompts, index: list[int], stop: threading.Event) -> Scores:
         name = uuid.uuid4().hex
         body = encode_request(Request(media.rows(index), prompts.rows(index), name), self.exact)
-        with self._slots:
-            answer = ask(self.to, "/compute", body, stop)
+        to = self._free.get()
+        try:
+            answer = ask(to, "/compute", body, stop)
+        finally:
+            self._free.put(to)
         try:
             return decode_scores(answer, len(index), self.name, name)
         except ValueError as error:
-            raise ValueError(f"{self.to}: {error}") from error
+            raise ValueError(f"{to}: {error}") from error
 
     def _join(self, answers: Sequence[Scores]) -> Scores:
         named = {tuple(sorted(answer.parts)) for answer in answers}
         if len(named) > 1:
-            raise ValueError(f"{self.to}: its parts differ from batch to batch: {', '.join(map(str, sorted(named)))}")
+            raise ValueError(f"{self.told}: parts differ from batch to batch: {', '.join(map(str, sorted(named)))}")
         return join_scores(answers)
 
     def _batches(self, prompts: Prompts) -> list[list[int]]:
@@ -107,10 +123,28 @@ class RemoteReward(Reward):
             batches[-1] += unit
         return batches
 
-    def _check_weights(self) -> None:
-        """Raises: ValueError where the server has other weights than those asked for."""
-        health = ask(self.to, "/health", None)
-        found = str(health.get("weights", "")) if isinstance(health, dict) else ""
-        if not found.startswith(self.weights):
-            raise ValueError(f"{self.to}: serves weights {shown(self.to, found, 64)}, asked for {self.weights!r:.70}")
+    def _slots(self, each: int) -> queue.Queue[Address]:
+        """Servers that may be asked, each so many times, in turn; processes begin with different ones.
+
+        The threads of all calls share them. The server that has been free for longest is asked next.
+        """
+        first = rank() % len(self.servers)
+        slots: queue.Queue[Address] = queue.Queue()
+        for one in each * (self.servers[first:] + self.servers[:first]):
+            slots.put(one)
+        return slots
+
+    def _check_health(self) -> None:
+        """Raises: ValueError where a server has other weights than those asked for, or than the first one has."""
+        known: tuple[str, str] | None = None
+        for to in self.servers:
+            health = ask(to, "/health", None)
+            name, found = (str(health.get(key, "")) if isinstance(health, dict) else "" for key in ("name", "weights"))
+            if not found.startswith(self.weights):
+                raise ValueError(f"{to}: serves weights {shown(to, found, 64)}, asked for {self.weights!r:.70}")
+            known = known or (name, found)
+            if (name, found) != known:
+                told = f"{shown(to, name, 64)} with weights {shown(to, found, 64)}"
+                first = f"{shown(to, known[0], 64)} with weights {shown(to, known[1], 64)}"
+                raise ValueError(f"{to}: serves {told}, and {self.servers[0]} {first}; servers must serve the same")
         self._checked = True

@@ -160,7 +160,7 @@ def test_faults(fault: str, handle: Handle, kind: type[Exception], line: str, ag
     assert line in str(caught.value)
     assert str(caught.value).startswith(f"reward server {url}: ")
     assert "\n" not in str(caught.value)
-    assert SECRET not in str(caught.value) + repr(reward.to)
+    assert SECRET not in str(caught.value) + repr(reward.servers)
     assert spent < 0.7 + 0.6
     assert len(seen) > 1 if again else len(seen) == 1
     assert seen[0]["headers"]["Authorization"] == f"Bearer {SECRET}"
@@ -291,6 +291,75 @@ def test_weights_are_checked_once() -> None:
         assert [one["path"] for one in seen] == ["/health", "/compute", "/compute"]
         with pytest.raises(ValueError, match="serves weights 'abcdef', asked for 'abd'"):
             RemoteReward(url, weights="abd")(*batch(1))
+
+
+def serving(name: str, weights: str) -> Handle:
+    """What `flowalign serve` answers, for pictures' brightness."""
+
+    def handle(handler: BaseHTTPRequestHandler, body: dict) -> None:
+        reply(handler, 200, {"name": name, "weights": weights}) if not body else honest(handler, body)
+
+    return handle
+
+
+def test_several_servers_share_the_batches() -> None:
+    media, prompts = batch(12)
+    with served(serving("glow", "ab")) as (one, seen), served(serving("glow", "ab")) as (two, also):
+        reward = RemoteReward([one, two], batch_size=1, in_flight=2, weights="a")
+        scores = reward(media, prompts)
+        again = reward(media, prompts)
+    assert torch.equal(scores.total, by_one(media, prompts))
+    assert torch.equal(again.total, scores.total)
+    asked = [[call["path"] for call in calls] for calls in (seen, also)]
+    assert [paths.count("/health") for paths in asked] == [1, 1]
+    assert sum(paths.count("/compute") for paths in asked) == 24
+    assert min(paths.count("/compute") for paths in asked) >= 2
+    assert reward.ahead == 4
+
+
+def by_one(media: Media, prompts: Prompts) -> torch.Tensor:
+    with served(honest) as (url, _):
+        return RemoteReward(url)(media, prompts).total
+
+
+def test_a_busy_server_gets_less_than_a_free_one() -> None:
+    def late(handler: BaseHTTPRequestHandler, body: dict) -> None:
+        time.sleep(0.3 if body else 0)
+        serving("glow", "ab")(handler, body)
+
+    with served(late) as (one, seen), served(serving("glow", "ab")) as (two, also):
+        RemoteReward([one, two], batch_size=1, in_flight=1)(*batch(8))
+    assert len(seen) < len(also)
+
+
+def test_each_process_begins_with_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.remote.rank", lambda: 1)
+    with served(serving("glow", "ab")) as (one, seen), served(serving("glow", "ab")) as (two, also):
+        RemoteReward([one, two])(*batch(2))
+    assert [call["path"] for call in seen] == ["/health"]
+    assert [call["path"] for call in also] == ["/health", "/compute"]
+
+
+@pytest.mark.parametrize(("name", "weights"), [("glow", "ba"), ("shine", "ab")])
+def test_servers_of_different_rewards_are_refused(name: str, weights: str) -> None:
+    servers = served(serving("glow", "ab")), served(serving(name, weights))
+    with servers[0] as (one, seen), servers[1] as (two, _), pytest.raises(ValueError, match="serve the same") as caught:
+        RemoteReward([one, two])(*batch(2))
+    assert f"{two}: serves {name!r} with weights {weights!r}, and reward server {one} 'glow'" in str(caught.value)
+    assert [call["path"] for call in seen] == ["/health"]
+
+
+def test_one_of_several_servers_that_is_down() -> None:
+    """The others do not take its place: which is there is the user's to know."""
+    with served(serving("glow", "ab")) as (one, seen), pytest.raises(OSError, match=r"127\.0\.0\.1:1: .*refused"):
+        RemoteReward([one, "http://127.0.0.1:1"], budget=1.0, retries=0)(*batch(2))
+    assert [call["path"] for call in seen] == ["/health"]
+
+
+@pytest.mark.parametrize("urls", [[], ["http://a:1", "http://a:1/compute"]])
+def test_lists_of_urls_that_are_refused(urls: list[str]) -> None:
+    with pytest.raises(ValueError, match="url: expected one or several servers, each once"):
+        RemoteReward(urls)
 
 
 @pytest.mark.parametrize(
