@@ -40,6 +40,7 @@ from flowalign.models import SD3, WanImageToVideo
 from flowalign.models.loading import EMBEDDED
 from flowalign.pictures import zipped
 from flowalign.publishing import public, public_prose
+from flowalign.records import Prompts
 from flowalign.tracking import json_lines
 from tests.families import CASES, Case, seeded
 from tests.tiny import byte_tokenizer, randomise_policy, tiny_sd3
@@ -399,6 +400,11 @@ def test_an_embedded_model_is_merged_and_drawn_by_the_card(tmp_path: Path, monke
         exec(code, {})
     seen = [np.asarray(Image.open(tmp_path / f"out{number}" / "picture.png")).astype(int) for number in range(2)]
     assert np.abs(seen[0] - seen[1]).max() <= 1
+    merged = SD3(str(tmp_path / "out1"), max_sequence_length=0)  # a base to train on
+    assert merged.pipeline.text_encoder_3 is None
+    with torch.no_grad():
+        latents, told = torch.ones(1, *model.latent_shape), model.condition(Prompts(("a red circle",), ({},)))
+        torch.testing.assert_close(merged.velocity(latents, 0.5, told), model.velocity(latents, 0.5, told))
 
 
 def test_merging_in_half_precision_says_what_it_costs(work: Path, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ NAMES = ", ".join(EMBEDDED)
 def load_pipeline(pipeline: Any, families: tuple[str, ...], dtypes: Mapping[str, torch.dtype] | None = None) -> Any:
     """A pipeline as it is, or that of a folder, a hub id, or an embedded one's name (`EMBEDDED`).
 
+    One that was saved without a part, such as SD3's T5, comes without it.
+
     Args:
         families: names of the diffusers classes that will do.
         dtypes: what to read the weights of a folder's or hub id's components as, by name, and "default".
@@ -65,7 +67,8 @@ def _load(name: str, dtypes: Mapping[str, torch.dtype] | None) -> Any:
     try:
         place = Path(name).expanduser() if _is_path(name) else name
         named = None if dtypes is None else dict(dtypes)
-        return DiffusionPipeline.from_pretrained(place, dtype=named, use_safetensors=True)
+        without = {part: None for part, kind in DiffusionPipeline.load_config(place).items() if kind == [None, None]}
+        return DiffusionPipeline.from_pretrained(place, dtype=named, use_safetensors=True, **without)
     except Exception as error:  # what stands in a folder decides which kind
         raise unreadable(f"the pipeline {name!r} can be had neither as a folder nor from the hub", error) from error
 
