@@ -132,7 +132,11 @@ def worlds(largest: int) -> dict[str, Any]:
 
 
 def ratios(precision: str) -> dict[str, Any]:
-    """How far ratios are from 1 at most before anything is learnt: of the rollout's calls again, and of single rows."""
+    """How far ratios are from 1 at most before anything is learnt: of the rollout's calls again, and of single rows.
+
+    Single rows of the last step, whose noise is next to nothing, are told apart: its log-probs are several times those
+    of the others, and "unit" is what the last bit of the largest is worth.
+    """
     model = SD3(tiny_sd3(), max_sequence_length=0, mixed_precision=precision)
     randomise_policy(model)
     with TemporaryDirectory(prefix="flowalign-goals-") as held:
@@ -142,15 +146,17 @@ def ratios(precision: str) -> dict[str, Any]:
         batch = trainer.collect(0)
         told = batch.condition(model, range(len(batch.texts)))
         (part,) = batch.parts
-        gaps = {"same": 0.0, "other": 0.0}
+        gaps = {"same": 0.0, "other": 0.0, "last": 0.0}
         for step in part.steps:
-            for name, size in (("same", 8), ("other", 1)):
+            for name, size in (("same", 8), ("last" if step is part.steps[-1] else "other", 1)):
                 for rows in torch.arange(len(step.latents)).split(size):
                     taken, transition = step.rows(rows), part.path.transitions[step.interval.index]
                     with torch.no_grad():
                         again = replay(model, taken, transition, told.rows(rows), trainer.policy)
                     ratio = (again.log_probs - taken.log_probs).exp().sub(1).abs().max()
                     gaps[name] = max(gaps[name], float(ratio))
+        largest = part.steps[-1].log_probs.abs().max()
+        gaps["unit"] = float(largest.nextafter(largest.new_tensor(torch.inf)) - largest)
         trainer.ratio_guard = None  # which would make the old log-probs anew
         trainer.update(batch)
     return gaps | {"first step": trainer.state.seen[0]["ratio_max"], "clipped": trainer.state.seen[0]["clip_fraction"]}
