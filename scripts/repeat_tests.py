@@ -6,18 +6,22 @@
 Without arguments of pytest's own it takes the tests of several processes: what is the same on any number of them, what
 a signal stops, what their clocks have to do with it, shards and context parallelism. Tests are collected once; every
 repeat is a pytest in a fork of the process that has, so that nothing is imported again. Of one that fails the whole
-output is left in --out. Ctrl-C ends it with the rate so far. Exit status 1 where any repeat has failed.
+output is left in --out. Repeats are counted there too, with the commit that they are of: a command that was stopped
+goes on. Exit status 1 where any repeat has failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,33 +69,62 @@ def once(words: Sequence[str], log: Path) -> tuple[bool, str]:
     return code == 0, "; ".join([last, *failed])
 
 
+def commit() -> str:
+    """What is checked out, "+" where it has been changed since; "" where git does not know."""
+    asked = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def counted(tally: Path, words: Sequence[str]) -> list[dict[str, Any]]:
+    """The repeats of these tests that were made before."""
+    lines = tally.read_text().splitlines() if tally.exists() else []
+    return [one for one in map(json.loads, lines) if one["tests"] == [*words]]
+
+
+def repeat(words: Sequence[str], log: Path, tally: Path) -> dict[str, Any]:
+    """One repeat, counted."""
+    began = time.monotonic()
+    good, line = once(words, log)
+    told = line if good else f"{line} ({log})"
+    made = {"tests": [*words], "commit": commit(), "passed": good, "seconds": time.monotonic() - began, "line": told}
+    with tally.open("a") as file:
+        file.write(json.dumps(made) + "\n")
+    return made
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("build/repeats"), help="where logs of failures stay")
+    parser.add_argument("--times", type=int, default=200, help="those that --out has already among them")
+    parser.add_argument("--out", type=Path, default=Path("build/repeats"), help="for logs of failures and the count")
     asked, own = parser.parse_known_args(words)
-    out = asked.out.absolute()
+    out, tests = asked.out.absolute(), own or SUITE
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT)]
-    collect(own or SUITE)
-    began, done, failed = time.monotonic(), 0, list[str]()
+    tally = out / "repeats.jsonl"
+    made = counted(tally, tests)
+    if len(made) < asked.times:
+        collect(tests)
     try:
-        for number in range(1, asked.times + 1):
+        for number in range(len(made) + 1, asked.times + 1):
             log = out / f"{os.getpid()}-{number:04d}.log"
-            good, line = once(own or SUITE, log)
-            done += 1
-            failed += [] if good else [f"{number}: {line} ({log})"]
-            print(f"{number}/{asked.times} {'passed' if good else 'FAILED'}: {line}", flush=True)
+            made.append(one := repeat(tests, log, tally))
+            print(f"{number}/{asked.times} {'passed' if one['passed'] else 'FAILED'}: {one['line']}", flush=True)
     except KeyboardInterrupt:
         log.unlink(missing_ok=True)
         print("stopped", flush=True)
-    for line in failed:
-        print(line)
-    each = (time.monotonic() - began) / max(done, 1)
-    print(f"{done} repeats, {len(failed)} with a failure ({len(failed) / max(done, 1):.1%}), {each:.1f} s each")
-    return 1 if failed or not done else 0
+    return told(made)
+
+
+def told(made: Sequence[dict[str, Any]]) -> int:
+    """Print what failed, and how many; the exit status."""
+    failed = [f"{number}: {one['line']}" for number, one in enumerate(made, 1) if not one["passed"]]
+    print("\n".join(failed), end="\n" if failed else "")
+    each, states = sum(one["seconds"] for one in made) / max(len(made), 1), len({one["commit"] for one in made})
+    rate = f"{len(made)} repeats, {len(failed)} with a failure ({len(failed) / max(len(made), 1):.1%})"
+    print(f"{rate}, {each:.1f} s each" + (f", over {states} commits" if states > 1 else ""))
+    return 1 if failed or not made else 0
 
 
 if __name__ == "__main__":

@@ -139,6 +139,9 @@ def test_repeats_count_flakes_and_keep_what_they_say(tmp_path):
     assert lines[0].startswith("1/2 passed: 1 passed in ")
     assert lines[1].startswith("2/2 FAILED: 1 failed in ")
     assert lines[-1].startswith("2 repeats, 1 with a failure (50.0%), ")
-    (log,) = (tmp_path / "out").iterdir()
+    (log,) = (tmp_path / "out").glob("*.log")
     assert "an odd turn" in log.read_text()
     assert str(log) in lines[-2]
+    more = subprocess.run([*command[:3], "3", *command[4:]], capture_output=True, text=True).stdout.splitlines()
+    assert more[0].startswith("3/3 passed: 1 passed in ")  # the two are not made again
+    assert more[-1].startswith("3 repeats, 1 with a failure (33.3%), ")
