@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from flowalign.models.sd3 import SD3
 from flowalign.records import Media, Prompts, Scores
 from flowalign.schedules import AllSteps, ChosenSteps, FanOut
 from flowalign.transitions import CPS, FlowSDE, Reduce, TableSDE, sum_of_elements
-from tests.jobs import PROMPTS, job, redness, rows
+from tests.jobs import JOBS, PROMPTS, job, redness, rows
 from tests.tiny import tiny_sd3
 from trainers import Checkpoints, Evaluation, Optimizer, Sampling
 from trainers.base import Trainer
-from trainers.preflight import Preflight, inspect, page
+from trainers.preflight import Preflight, inspect, page, trial
 from trainers.preflight.costs import Space, Times
 from trainers.preflight.findings import of_costs
 from trainers.preflight.folder import of_folder
@@ -135,6 +136,18 @@ def test_the_first_group_is_the_runs_own(tmp_path):
     alone = trainer.credit(made.scores, torch.zeros(4, dtype=torch.int64))
     assert torch.equal(made.advantages, alone)
     assert made.repeatable
+
+
+@pytest.mark.parametrize("kind", ["flow_grpo", "draft"])
+def test_what_keeping_pictures_takes_is_no_phase_of_the_run(kind, tmp_path, monkeypatch):
+    def slowly(pixels: Tensor) -> Tensor:
+        time.sleep(2)
+        return pixels
+
+    monkeypatch.setattr(trial, "stills", slowly)
+    made = inspect(JOBS[kind](tmp_path / "run"), tmp_path / "out").trial
+    assert made.rollouts.seconds_per_score * len(made.rollouts.scores) < 1
+    assert made.learning.seconds_per_step < 1
 
 
 def test_shares_of_processes_add_up(tmp_path):

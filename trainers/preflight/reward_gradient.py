@@ -97,7 +97,7 @@ class RewardGradientFamily(Family):
         """The first micro-batch of the first optimizer step, twice, forward and back; the second is measured."""
         trainer, real = self.trainer, self.trainer.reward
         model, epoch = trainer.model, trainer.collection.epoch(0)
-        steps, seen = PathSteps(trainer, epoch, None), Seen(real)
+        steps, seen = PathSteps(trainer, epoch, None), Seen(real, model.meter)
         rows = parts_of(len(epoch.rows), trainer.updates_per_epoch, trainer.seed, 0)[0]
         first, made = steps.micro_batches(rows)[0], list[Scores]()
         trainer.reward = seen
@@ -115,8 +115,8 @@ class RewardGradientFamily(Family):
         losses, norm = [loss for _, _, loss in watch.every()], gradient_norm(trainer)
         trainer.optimizer.discard()
         loss, flat = fmean(losses) if losses else 0.0, norm == 0 and not any(losses)
-        learning = Learning(loss, norm, math.nan, math.nan, sum(seconds.values()), flat)
         phases = Phases(*(seconds[name] for name in Phases._fields))
+        learning = Learning(loss, norm, math.nan, math.nan, sum(phases), flat)
         return self._tried(epoch, first, made, seen, spent, learning, phases)
 
     def _tried(

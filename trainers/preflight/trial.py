@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from flowalign.accounting import Meter
 from flowalign.media import shown
 from flowalign.models.base import Model
 from flowalign.pictures import to_bytes
@@ -39,17 +40,21 @@ GLANCE = 2  # steps of the evaluation's call that are made: all of them cost the
 
 
 class Seen(Reward):
-    """The reward itself, which remembers the pictures it is shown, in 8 bits: of videos strips of frames."""
+    """The reward itself, which remembers the pictures it is shown, in 8 bits: of videos strips of frames.
 
-    def __init__(self, reward: Reward) -> None:
+    What that takes is booked apart, as a phase that no run has.
+    """
+
+    def __init__(self, reward: Reward, meter: Meter) -> None:
         self.reward, self.name, self.differentiable = reward, reward.name, reward.differentiable
-        self.card = reward.card
+        self.card, self.meter = reward.card, meter
         self.pixels: list[Tensor] = []
         self.first: list[Tensor] = []
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
-        self.pixels.append(to_bytes(stills(media.pixels)))
-        self.first = self.first or [to_bytes(media.pixels[0])]
+        with self.meter.phase("preflight"):
+            self.pixels.append(to_bytes(stills(media.pixels)))
+            self.first = self.first or [to_bytes(media.pixels[0])]
         return self.reward.score(media, prompts)
 
 
@@ -145,7 +150,8 @@ def sample_first(trainer: Trainer, clean: bool = False) -> Sampled:
     Args:
         clean: as of `Collection.collect`.
     """
-    reward, model, size = Seen(trainer.reward), trainer.model, trainer.sampling.group_size
+    model, size = trainer.model, trainer.sampling.group_size
+    reward = Seen(trainer.reward, model.meter)
     collection = trainer.collector(reward)
     epoch = collection.epoch(0)
     with trainer.sampler():
