@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from flowalign.records import Media, Prompts, Scores
 from flowalign.schedules import AllSteps, ChosenSteps, FanOut
 from flowalign.transitions import CPS, FlowSDE, Reduce, TableSDE, sum_of_elements
 from tests.jobs import JOBS, PROMPTS, job, redness, rows
+from tests.test_context_parallel import PAIR
+from tests.test_context_parallel import made as video_job
 from tests.tiny import tiny_sd3
 from trainers import Checkpoints, Evaluation, Optimizer, Sampling
 from trainers.base import Trainer
@@ -28,6 +31,7 @@ from trainers.preflight.costs import Space, Times
 from trainers.preflight.findings import of_costs
 from trainers.preflight.folder import of_folder
 from trainers.preflight.geometry import floor_rows, geometry, looked_at, planned_steps, spent_rows
+from trainers.preflight.memory import predict
 from trainers.preflight.policy import waited
 from trainers.preflight.problems import of_settings
 from trainers.state import State
@@ -159,6 +163,27 @@ def test_shares_of_processes_add_up(tmp_path):
         assert max(cut.shares) - min(cut.shares) <= 1
     assert geometry(trainer).rollout_padding == pytest.approx(21 / 20 - 1)
     assert geometry(trainer).update_padding == pytest.approx(24 / 20 - 1)  # two steps of 10 rows: 4 calls each
+
+
+def test_a_check_shares_work_out_to_groups(tmp_path):
+    trainer = video_job(tmp_path / "run", PAIR)
+    alone, cut = geometry(trainer), geometry(trainer, 4)
+    assert (cut.processes, cut.callers, len(cut.shares)) == (4, 2, 2)
+    assert (alone.processes, alone.callers) == (1, 1)
+    assert cut.shares == replace(geometry(video_job(tmp_path / "other", None), 2), callers=2).shares
+    found = inspect(trainer, tmp_path / "out", processes=4)
+    one, four = predict(trainer, alone), found.memory
+    assert one is not None
+    assert four is not None
+    assert four.needs.learning == one.needs.learning // 2
+    assert four.needs.sampling == one.needs.sampling // 2
+    assert (four.needs.weights, four.needs.decoding) == (one.needs.weights, one.needs.decoding)
+    told = page(found)
+    assert re.search(r"on 2 processes +groups of 2, 4 micro-batches each, busy 100 %", told)
+    assert re.search(r"on 4 processes +groups of 2, 2 micro-batches each, busy 100 %", told)
+    assert "on 2 groups of 2 processes, each as fast as this one" in told
+    with pytest.raises(ValueError, match="2 processes make each call together, which does not divide 3"):
+        geometry(trainer, 3)
 
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [

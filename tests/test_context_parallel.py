@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,9 +44,6 @@ from tests.tiny_qwen_image import tiny_qwen_image
 from tests.tiny_wan import tiny_wan, wan_transformer
 from trainers import Evaluation
 from trainers.base import Trainer
-from trainers.preflight import inspect, page
-from trainers.preflight.geometry import geometry
-from trainers.preflight.memory import predict
 
 PAIR = ContextParallel(ulysses=2)
 TOLD = Prompts(("a red circle", "two stars"), ({}, {}))
@@ -351,27 +346,6 @@ def test_processes_that_do_not_come_out_even_are_refused(tmp_path):
 
     for line in run(3, work):
         assert "2 processes make each call together, which does not divide the 3 processes" in line
-
-
-def test_a_check_shares_work_out_to_groups(tmp_path):
-    trainer = made(tmp_path / "run", PAIR)
-    alone, cut = geometry(trainer), geometry(trainer, 4)
-    assert (cut.processes, cut.callers, len(cut.shares)) == (4, 2, 2)
-    assert (alone.processes, alone.callers) == (1, 1)
-    assert cut.shares == replace(geometry(made(tmp_path / "other", None), 2), callers=2).shares
-    found = inspect(trainer, tmp_path / "out", processes=4)
-    one, four = predict(trainer, alone), found.memory
-    assert one is not None
-    assert four is not None
-    assert four.needs.learning == one.needs.learning // 2
-    assert four.needs.sampling == one.needs.sampling // 2
-    assert (four.needs.weights, four.needs.decoding) == (one.needs.weights, one.needs.decoding)
-    told = page(found)
-    assert re.search(r"on 2 processes +groups of 2, 4 micro-batches each, busy 100 %", told)
-    assert re.search(r"on 4 processes +groups of 2, 2 micro-batches each, busy 100 %", told)
-    assert "on 2 groups of 2 processes, each as fast as this one" in told
-    with pytest.raises(ValueError, match="2 processes make each call together, which does not divide 3"):
-        geometry(trainer, 3)
 
 
 def saved(how: ContextParallel | None, rank: int = 0) -> int:
