@@ -144,6 +144,28 @@ def test_a_page_stands_alone_and_shows_where_arms_differ(unbroken: Path) -> None
     assert (unbroken / "report.html").read_text().startswith("<!doctype html>")
 
 
+def test_every_benchmark_of_a_page_has_pictures(unbroken: Path) -> None:
+    """With many of them a few each, rather than all of the first one's."""
+    made = json.loads((unbroken / "results.json").read_text())
+    made["benchmarks"][0]["numbers"] = [made["benchmarks"][0]["numbers"][1]]  # CLIP, on which all prompts differ
+    alone = render(made, unbroken).count("data:image/png;base64,")
+    made["benchmarks"] *= 12
+    many = render(made, unbroken).count("data:image/png;base64,")
+    assert (alone, many) == (4 * 2, 12 * 2 * 2)
+    made["benchmarks"] *= 12
+    assert render(made, unbroken).count("data:image/png;base64,") == 144 * 2
+
+
+def test_compute_that_is_the_same_is_not_plotted(unbroken: Path) -> None:
+    """What measured prices leave of difference is noise."""
+    made = json.loads((unbroken / "results.json").read_text())
+    for arm, cost in zip(made["arms"], (7.8, 8.1), strict=True):
+        arm["compute"]["cost"] = cost
+    assert "over compute" not in render(made, unbroken)
+    made["arms"][1]["compute"]["cost"] = 9.0
+    assert "over compute" in render(made, unbroken)
+
+
 def test_the_plain_arm_draws_what_sample_draws(unbroken: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(held_out_prompts(4).text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -342,6 +343,28 @@ def test_non_dominated_by_hand_and_the_plot_marks_them() -> None:
     assert "a &amp; b" in svg
     with pytest.raises(ValueError, match="nothing to plot"):
         pareto_svg([Point(math.nan, 1, "x", False)], "a", "b", "t")
+
+
+def test_labels_of_points_that_lie_together_can_be_read() -> None:
+    near = [(0.40, 8.1), (0.443, 7.8), (0.475, 7.8), (0.493, 7.7), (0.449, 7.8), (0.60, 205.0), (0.41, 208.0)]
+    points = [Point(x, y, f"a policy {i}", True) for i, (y, x) in enumerate(near)]
+    for log_x in (False, True):
+        svg = pareto_svg(points, "forwards", "accuracy", "t", log_x)
+        found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)">a policy', svg)
+        assert len(found) == len(points)
+        wide = 60  # of ten letters, at least
+        boxes = [(float(x) - wide * (side == "end"), float(y)) for x, y, side in found]
+        for i, (x, y) in enumerate(boxes):
+            assert 0 <= x <= 520 - wide
+            assert all(abs(x - left) >= wide or abs(y - line) >= 10 for left, line in boxes[:i])
+
+
+def test_an_axis_of_powers_of_ten() -> None:
+    svg = pareto_svg([Point(2.6, 1, "a", True), Point(208, 2, "b", True)], "forwards", "accuracy", "t", log_x=True)
+    dots = [float(x) for x in re.findall(r'<circle class="best" cx="([\d.]+)"', svg)]
+    at = {label: float(x) for x, label in re.findall(r'<text x="([\d.]+)" y="363.0" class="" .*?>(10+)<', svg)}
+    decade = at["100"] - at["10"]
+    assert dots[1] - dots[0] == pytest.approx(math.log10(208 / 2.6) * decade, abs=0.2)
 
 
 def learnt(folder: Path, scale: float, full: float = 0.0, hidden: int = 0) -> Path:

@@ -22,9 +22,11 @@ from flowalign.report.differing import unlike
 from flowalign.report.images import LARGEST, LARGEST_FILM, WIDEST, Embedded, embed
 from flowalign.report.pareto import Point, Scatter, non_dominated, picture_of
 
-EACH = 4  # prompts on which an arm is most above its baseline, and as many on which it is most below
-MOST = 96  # pictures of a page
+EACH = 4  # prompts at most on which an arm is most above its baseline, and as many on which it is most below
+MOST = 96  # pictures of a page, about
 PLOTS = 3  # pairs of scores
+WIDE = 20  # times the least compute: a plot over more than that takes the logarithm
+SAME = 1.1  # times the least compute: less than that is the noise of measured prices, and no plot
 HERE, SHARED = Path(__file__).parent, Path(report.__file__).parent
 
 Record = Mapping[str, Any]
@@ -81,11 +83,12 @@ def render(results: Record, folder: Path) -> str:
     filters: dict[str, Any] = {"number": formats.number, "signed": formats.signed, "count": formats.count}
     environment.filters.update(filters)
     shades = {arm["name"]: i % SHADES for i, arm in enumerate(results["arms"])}
-    left = [MOST]
+    galleries = sum(len(number["row"]["leads"]) for one in results["benchmarks"] for number in one["numbers"][:1])
+    each = min(EACH, max(1, MOST // (4 * max(galleries, 1))))  # two pictures of a prompt, above and below
     return environment.get_template("sweep.html.j2").render(
         arms=[(arm, shades[arm["name"]], _settings(arm)) for arm in results["arms"]],
         differing=unlike([_identity(arm) for arm in results["arms"]]),
-        sections=[_section(one, shades, results["arms"], folder, left) for one in results["benchmarks"]],
+        sections=[_section(one, shades, results["arms"], folder, each) for one in results["benchmarks"]],
         seeds=results["seeds"],
         comparisons=results["comparisons"],
         fine=results["category_comparisons"],
@@ -102,7 +105,7 @@ def _settings(arm: Record) -> str:
     return ", ".join(f"{name} {value}" for name, value in arm["settings"].items())
 
 
-def _section(one: Record, shades: Mapping[str, int], arms: Sequence[Record], folder: Path, left: list[int]) -> Section:
+def _section(one: Record, shades: Mapping[str, int], arms: Sequence[Record], folder: Path, each: int) -> Section:
     numbers = [
         _bars(number["name"], number["row"], shades, _scale([number["row"]]), number["sort"])
         for number in one["numbers"]
@@ -114,7 +117,7 @@ def _section(one: Record, shades: Mapping[str, int], arms: Sequence[Record], fol
         for name, rows in told.items()
     }
     shown = {name: tuple(row for row in rows if row.count) for name, rows in categories.items()}
-    galleries = [] if first is None else [_gallery(one, first, arm, folder, left) for arm in first["row"]["leads"]]
+    galleries = [] if first is None else [_gallery(one, first, arm, folder, each) for arm in first["row"]["leads"]]
     return Section(
         name=one["name"],
         note=one["note"],
@@ -135,7 +138,9 @@ def _plots(one: Record, arms: Sequence[Record]) -> tuple[tuple[str, str], ...]:
     if len(costs) < 2 or not scores:
         return ()
     headline = next(iter(scores))
-    pairs = [("forwards a picture", headline), *[*combinations(scores, 2)][:PLOTS]]
+    spent = [costs[arm] for arm in scores[headline] if costs[arm] > 0]
+    dear = [("forwards a picture", headline)] if spent and max(spent) > SAME * min(spent) else []
+    pairs = [*dear, *[*combinations(scores, 2)][:PLOTS]]
     columns = {"forwards a picture": costs}
     columns |= {name: {arm: _finite(told["value"]) for arm, told in row.items()} for name, row in scores.items()}
     return tuple(plot for x, y in pairs if (plot := _plot(x, y, columns[x], columns[y], dear=x not in scores)))
@@ -151,7 +156,9 @@ def _plot(
     best = non_dominated([(-across[arm] if dear else across[arm], up[arm]) for arm in arms])
     dots = [Point(across[arm], up[arm], arm, ok) for arm, ok in zip(arms, best, strict=True)]
     title = f"{y_name} {'over compute' if dear else f'against {x_name}'}"
-    return title, picture_of(Scatter(dots, x_name, y_name, title))
+    xs = [dot.x for dot in dots]
+    wide = dear and min(xs) > 0 and max(xs) >= WIDE * min(xs)
+    return title, picture_of(Scatter(dots, x_name, y_name, title, log_x=wide))
 
 
 def _scale(rows: Iterable[Record]) -> tuple[float, float]:
@@ -174,8 +181,8 @@ def _finite(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _gallery(one: Record, number: Record, arm: str, folder: Path, left: list[int]) -> Gallery:
-    """The pairs of a prompt and a seed with the largest differences, one for each prompt."""
+def _gallery(one: Record, number: Record, arm: str, folder: Path, each: int) -> Gallery:
+    """The pairs of a prompt and a seed with the largest differences, one for each prompt, `each` in both directions."""
     grids = number["grids"]
     if number["sort"] != "score":
         return Gallery(arm, (), ())
@@ -183,27 +190,24 @@ def _gallery(one: Record, number: Record, arm: str, folder: Path, left: list[int
     change = np.nan_to_num(ours - theirs)
     best, worst = change.argmax(1), change.argmin(1)
     rows = range(len(change))
-    up = sorted((i for i in rows if change[i, best[i]] > 0), key=lambda i: -change[i, best[i]])[:EACH]
-    down = sorted((i for i in rows if change[i, worst[i]] < 0), key=lambda i: change[i, worst[i]])[:EACH]
+    up = sorted((i for i in rows if change[i, best[i]] > 0), key=lambda i: -change[i, best[i]])[:each]
+    down = sorted((i for i in rows if change[i, worst[i]] < 0), key=lambda i: change[i, worst[i]])[:each]
     shown = [[(i, int(at[i])) for i in chosen] for chosen, at in ((up, best), (down, worst))]
-    made = [tuple(_shown(one, arm, i, s, (theirs[i, s], ours[i, s]), folder, left) for i, s in part) for part in shown]
+    made = [tuple(_shown(one, arm, i, s, (theirs[i, s], ours[i, s]), folder) for i, s in part) for part in shown]
     return Gallery(arm, made[0], made[1])
 
 
-def _shown(
-    one: Record, arm: str, prompt: int, seed: int, scores: tuple[float, float], folder: Path, left: list[int]
-) -> Shown:
-    pictures = [_picture(one["media"][name][prompt][seed], folder, left) for name in (one["baseline"], arm)]
+def _shown(one: Record, arm: str, prompt: int, seed: int, scores: tuple[float, float], folder: Path) -> Shown:
+    pictures = [_picture(one["media"][name][prompt][seed], folder) for name in (one["baseline"], arm)]
     label = ", ".join(labels[prompt] for labels in one["labels"].values() if labels[prompt])
     told = (float(scores[0]), float(scores[1]))
     return Shown(one["prompts"][prompt], label, pictures[0], pictures[1], told)
 
 
-def _picture(path: str | None, folder: Path, left: list[int]) -> Embedded | None:
-    """A picture, or a video that plays; None where it was not drawn, or the page has enough of them."""
-    if path is None or left[0] < 1:
+def _picture(path: str | None, folder: Path) -> Embedded | None:
+    """A picture, or a video that plays; None where it was not drawn."""
+    if path is None:
         return None
-    left[0] -= 1
     file = folder / path
     if file.suffix != ".zip" and file.suffix != ".mp4":
         return embed(file.read_bytes(), WIDEST, LARGEST)

@@ -18,7 +18,9 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign, to the thousandth where that is enough to tell it from 0."""
+    """A difference with its sign, to the thousandth where that is enough to tell it from 0; rounding of sums is 0."""
+    if abs(value) < 1e-12:
+        return "0"
     if 0.0005 <= abs(value) < 10:
         return f"{value:+.3f}"
     return f"+{number(value)}" if value > 0 else number(value)

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from flowalign.report.charts import Scale, Tick, labelled, ticks
+from flowalign.report.charts import Scale, Tick, labelled, log_ticks, ticks
 
 WIDTH, HEIGHT = 520, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 500, 34, 346  # the frame inside the picture
 AIR = 0.08  # of the range, around the points
 ROOM = 90  # pixels that a label takes
+LETTER, TALL = 6.2, 11.0  # of a label's text
+LIFTS = (-6.0, 4.0, 15.0, -18.0, 27.0, -30.0)  # of a label's base line against its dot, those near first
 STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #59636e } .title { font-size: 13px; fill: #1b1f24 }
 .paper { fill: #ffffff } .grid { stroke: #d8dde3; fill: none }
@@ -56,21 +58,22 @@ def non_dominated(rows: Sequence[Sequence[float]]) -> list[bool]:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points, the names of their axes, and a title."""
+    """Points, the names of their axes, and a title. log_x: whether x is drawn by its logarithm."""
 
     points: Sequence[Point]
     x_name: str
     y_name: str
     title: str
+    log_x: bool = False
 
 
 def picture_of(one: Scatter) -> str:
     """The plot as a data: URI, which keeps its style to itself inside a page."""
-    drawn = pareto_svg(one.points, one.x_name, one.y_name, one.title)
+    drawn = pareto_svg(one.points, one.x_name, one.y_name, one.title, one.log_x)
     return f"data:image/svg+xml;base64,{base64.b64encode(drawn.encode()).decode()}"
 
 
-def pareto_svg(points: Sequence[Point], x_name: str, y_name: str, title: str) -> str:
+def pareto_svg(points: Sequence[Point], x_name: str, y_name: str, title: str, log_x: bool = False) -> str:
     """The points with their labels, those that are `best` filled and joined, and dashed chords between the corners.
 
     Points that are not finite are left out. Raises: ValueError without any.
@@ -78,8 +81,8 @@ def pareto_svg(points: Sequence[Point], x_name: str, y_name: str, title: str) ->
     shown = [one for one in points if math.isfinite(one.x) and math.isfinite(one.y)]
     if not shown:
         raise ValueError("there is nothing to plot: no point has both rewards")
-    across, up = _scale([one.x for one in shown], LEFT, RIGHT), _scale([one.y for one in shown], BOTTOM, TOP)
-    x_ticks = labelled(ticks(across.low, across.high), across)
+    across, up = _scale([one.x for one in shown], LEFT, RIGHT, log_x), _scale([one.y for one in shown], BOTTOM, TOP)
+    x_ticks = labelled((log_ticks if log_x else ticks)(across.low, across.high), across)
     y_ticks = labelled(ticks(up.low, up.high), up)
     corners = [one for one in shown if one.corner]
     chords = [(a, b) for i, a in enumerate(corners) for b in corners[i + 1 :]]
@@ -94,14 +97,17 @@ def pareto_svg(points: Sequence[Point], x_name: str, y_name: str, title: str) ->
         f'<g transform="rotate(-90 14 {(TOP + BOTTOM) / 2})">{_text(14, (TOP + BOTTOM) / 2, y_name, "title")}</g>',
         *(f'<path class="chord" d="{_line((a, b), across, up)}"/>' for a, b in chords),
         *([f'<path class="front" d="{_line(front, across, up)}"/>'] if len(front) > 1 else []),
-        *(_dot(one, across, up) for one in shown),
+        *_dots(shown, across, up),
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _scale(values: Sequence[float], start: float, stop: float) -> Scale:
+def _scale(values: Sequence[float], start: float, stop: float, log: bool = False) -> Scale:
     low, high = min(values), max(values)
+    if log:
+        air = (high / low) ** AIR if high > low else 10.0
+        return Scale(low / air, high * air, start, stop, log=True)
     spread = high - low if high - low > 1e-9 * abs(high) else 0.0  # less is rounding
     air = AIR * spread or abs(high) * 0.1 or 1.0
     return Scale(low - air, high + air, start, stop)
@@ -125,9 +131,32 @@ def _line(points: Sequence[Point], across: Scale, up: Scale) -> str:
     return "M" + "L".join(f"{across(one.x):.1f} {up(one.y):.1f}" for one in points)
 
 
-def _dot(one: Point, across: Scale, up: Scale) -> str:
-    x, y = across(one.x), up(one.y)
-    aside, anchor = (-8, "end") if x > RIGHT - ROOM else (8, "start")
-    label = f'<text x="{x + aside:.1f}" y="{y - 6:.1f}" text-anchor="{anchor}">'
-    kind = "best" if one.best else "other"
-    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>{label}{escape(one.label)}</text>'
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _dots(points: Sequence[Point], across: Scale, up: Scale) -> list[str]:
+    """Dots, and each one's label beside it where it lies on nothing else, or as little as can be."""
+    places = [(across(one.x), up(one.y)) for one in points]
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    drawn = []
+    for one, (x, y) in zip(points, places, strict=True):
+        sides = (-1, 1) if x > RIGHT - ROOM else (1, -1)
+        boxes = {(side, lift): _label_box(x, y, side, lift, len(one.label)) for lift in LIFTS for side in sides}
+        side, lift = min(boxes, key=lambda at: sum(_shared(boxes[at], other) for other in taken))
+        taken.append(boxes[side, lift])
+        anchor, kind = "start" if side > 0 else "end", "best" if one.best else "other"
+        label = f'<text x="{x + 8 * side:.1f}" y="{y + lift:.1f}" text-anchor="{anchor}">{escape(one.label)}</text>'
+        drawn.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>{label}')
+    return drawn
+
+
+def _label_box(x: float, y: float, side: int, lift: float, letters: int) -> Box:
+    near, far = x + 8 * side, x + side * (8 + LETTER * letters)
+    return min(near, far), y + lift - TALL + 2, max(near, far), y + lift + 2
+
+
+def _shared(one: Box, other: Box) -> float:
+    """The area that two boxes have in common; of a box that leaves the picture that part counts too."""
+    wide, tall = (min(one[k + 2], other[k + 2]) - max(one[k], other[k]) for k in (0, 1))
+    outside = max(0.0, -one[0]) + max(0.0, one[2] - WIDTH)
+    return max(0.0, wide) * max(0.0, tall) + outside * TALL
