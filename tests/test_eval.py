@@ -410,7 +410,7 @@ def test_videos(tmp_path: Path) -> None:
     (benchmark,) = json.loads((made.folder / "results.json").read_text())["benchmarks"]
     paths = [made.folder / path for row in benchmark["media"]["video"] for path in row]
     assert {path.suffix for path in paths} == {".mp4"}
-    embedded = _picture(benchmark["media"]["video"][0][0], made.folder, [1])
+    embedded = _picture(benchmark["media"]["video"][0][0], made.folder)
     assert embedded is not None
     assert embedded.film.startswith("data:video/mp4;base64,")
     before = tables(made.folder)
