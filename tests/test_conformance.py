@@ -58,15 +58,16 @@ def by_pipeline(case: Case, pipe: Any, model: PipelineModel, start: Tensor, guid
 
 @each
 def test_ode_rollout_is_the_pipeline(case: Case) -> None:
+    plain = case.make()
     for size in case.sizes:
+        model = adapted(case, **size)
         for guidance in (1.0, case.guided):
-            model = adapted(case, **size)
             start = noise(model)
             ours = sampled(case, model, start, guidance)
-            theirs = by_pipeline(case, case.make(), model, start, guidance, "latent")
+            theirs = by_pipeline(case, plain, model, start, guidance, "latent")
             assert (ours - start).abs().max() > 0.1
             assert_same(case, case.packed(model, ours), theirs)
-            shown = by_pipeline(case, case.make(), model, start, guidance, "pt")
+            shown = by_pipeline(case, plain, model, start, guidance, "pt")
             assert_same(case, model.decode(ours), shown)
 
 

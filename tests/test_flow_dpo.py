@@ -46,6 +46,7 @@ from trainers import (
 from trainers.flow_dpo import constant, dpo_loss, implicit_rewards, of_noise
 from trainers.forward_steps import ForwardSteps, Noised, Units
 from trainers.forward_times import Times
+from trainers.held_out_pairs import held_out_leads
 from trainers.pair_trainer import best_and_worst_unless_equal
 from trainers.preflight import inspect, page
 from trainers.preflight.geometry import geometry, looked_at, spent_rows
@@ -388,6 +389,20 @@ def test_rows_are_counted_as_a_check_says(tmp_path) -> None:
         assert (row["rows/forward"], row["rows/gradient"]) <= (spent.forward, spent.gradient)
         if name == "online":
             assert (row["rows/forward"], row["rows/gradient"]) == (spent.forward, spent.gradient)
+
+
+def test_a_check_counts_what_held_out_pairs_take(tmp_path) -> None:
+    """The rows that judging them makes, at the price of those of the update."""
+    trainer = pairs_job(tmp_path / "run", evaluation=Evaluation())
+    trial = inspect(trainer, tmp_path / "out").trial
+    assert trial is not None
+    units = max(trainer.sampling.batch_size // trainer.members, 1)
+    price = trial.learning.seconds_per_step / trainer.update_rows(units).cost
+    trainer.model.meter.take()
+    assert held_out_leads(trainer, trainer.held_out_pairs, trainer.lead, lambda done, all_of_them: False) is not None
+    _, made, _ = trainer.model.meter.take()
+    assert made.forward > 0
+    assert trainer.preflight().judged_beside(trial, 1) == pytest.approx(made.forward * price)
 
 
 def pictures_of_pairs(model: Any, folder: Path, count: int = 3) -> str:

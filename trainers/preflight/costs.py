@@ -108,7 +108,7 @@ class Space:
 
 def evaluations(trainer: Trainer) -> int:
     """How many the run makes, the one before the first epoch and the one at the end among them."""
-    if trainer.evaluator.prompts is None:
+    if not trainer.evaluates():
         return 0
     every = trainer.evaluation.every
     return 1 + trainer.epochs // every + (trainer.epochs % every > 0)
@@ -117,7 +117,9 @@ def evaluations(trainer: Trainer) -> int:
 def times(trainer: Trainer, cut: Geometry, trial: Trial) -> Times:
     """An estimate; of the busiest process where there are several."""
     phases = trainer.preflight().phases(cut, trial)
-    judged, evaluation = evaluations(trainer), _evaluation_seconds(trainer, trial.judging, len(cut.shares))
+    groups = len(cut.shares)
+    judged, evaluation = evaluations(trainer), _evaluation_seconds(trainer, trial.judging, groups)
+    evaluation += trainer.preflight().judged_beside(trial, groups)
     saves = judged + _saves(trainer, trainer.epochs * sum(phases))
     encoding = _prompts_encoded(trainer) * trial.encoding.seconds
     return Times(*phases, evaluation, judged, trial.saving.seconds, saves, encoding, trainer.epochs)

@@ -54,6 +54,10 @@ class Family(ABC):
     def phases(self, cut: Geometry, trial: Trial) -> Phases:
         """Seconds of an epoch, of the busiest process."""
 
+    def judged_beside(self, trial: Trial, groups: int) -> float:
+        """Seconds of an evaluation beside those of its pictures, of one of so many processes or groups of them."""
+        return 0.0
+
     @abstractmethod
     def kept_bytes(self, cut: Geometry) -> int:
         """What one process keeps of an epoch's rollouts."""

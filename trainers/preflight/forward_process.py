@@ -23,6 +23,7 @@ from trainers.batch import Batch, no_steps, parts_of
 from trainers.collection import Epoch
 from trainers.forward_source import StoredPairs
 from trainers.forward_steps import ForwardSteps, Units
+from trainers.held_out_pairs import POINTS
 from trainers.preflight.costs import Phases, Trial
 from trainers.preflight.family import Family, Lines
 from trainers.preflight.findings import spread
@@ -212,6 +213,18 @@ class ForwardProcessFamily(Family):
         rollout, decode = rows * made.seconds_per_row, samples * made.seconds_per_decode
         reward = waited(samples * made.seconds_per_score, rollout + decode, turns if trainer.ahead() else 1)
         return Phases(rollout, decode, reward, update)
+
+    def judged_beside(self, trial: Trial, groups: int) -> float:
+        """Of held-out pairs, whose rows take what those of the update do, a row with gradient counted as 3."""
+        trainer, pairs = self.trainer, self.trainer.held_out_pairs
+        if pairs is None:
+            return 0.0
+        size = max(trainer.sampling.rows_per_call // 2, 1)
+        calls = -(-len(pairs.signs.nonzero()[0]) // size)
+        one, units = trainer.update_rows(1), max(trainer.sampling.batch_size // trainer.members, 1)
+        networks = (one.forward + one.gradient) / (trainer.members * trainer.times.draws)
+        each = trial.learning.seconds_per_step / trainer.update_rows(units).cost
+        return -(-calls // groups) * POINTS * 2 * size * networks * each
 
     def _dearer(self) -> float:
         """What an optimizer step costs on average over what the first one does, which needs no older policy."""
