@@ -5,7 +5,7 @@
 A sweep of the embedded models (configs/eval/shapes.yaml, fewer prompts) is killed with SIGKILL at random moments after
 its first call has been kept, and started again until it has ended; then another, until there were so many kills. Each
 has to come to the table of one that was left alone, to the last digit, without drawing or scoring again what was kept;
-prices aside, which are measured by the clock. In the end one method is changed: nothing but its own arm may be drawn.
+prices aside, which are measured by the clock. In the end one method is changed: nothing that was kept may be made anew.
 Exit status 1 where any of this does not hold.
 """
 

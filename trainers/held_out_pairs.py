@@ -27,6 +27,18 @@ def right(lead: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     return (lead.sign() + 1) / 2
 
 
+def held_out_samples(trainer: ForwardProcessTrainer, pairs: PairLatents, groups: int) -> int:
+    """Samples that one of so many groups of processes noises to judge the decided pairs, padding included."""
+    size = _per_call(trainer)
+    calls = -(-len(pairs.signs.nonzero()[0]) // size)
+    return -(-calls // groups) * POINTS * 2 * size
+
+
+def _per_call(trainer: ForwardProcessTrainer) -> int:
+    """Pairs of a call."""
+    return max(trainer.sampling.rows_per_call // 2, 1)
+
+
 @torch.no_grad()
 def held_out_leads(
     trainer: ForwardProcessTrainer, pairs: PairLatents, lead: Callable[[Noised], Tensor], asked: Asked
@@ -36,7 +48,7 @@ def held_out_leads(
     Noise and sigmas are the same each time. None where a stop is asked for.
     """
     index = [int(number) for number in pairs.signs.nonzero()[0]]
-    size = max(trainer.sampling.rows_per_call // 2, 1)
+    size = _per_call(trainer)
     calls = [index[start : start + size] for start in range(0, len(index), size)]
     mine = share(len(calls), data_rank(), data_size())
     whole = torch.zeros(len(index))

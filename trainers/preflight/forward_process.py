@@ -23,7 +23,7 @@ from trainers.batch import Batch, no_steps, parts_of
 from trainers.collection import Epoch
 from trainers.forward_source import StoredPairs
 from trainers.forward_steps import ForwardSteps, Units
-from trainers.held_out_pairs import POINTS
+from trainers.held_out_pairs import held_out_samples
 from trainers.preflight.costs import Phases, Trial
 from trainers.preflight.family import Family, Lines
 from trainers.preflight.findings import spread
@@ -219,12 +219,10 @@ class ForwardProcessFamily(Family):
         trainer, pairs = self.trainer, self.trainer.held_out_pairs
         if pairs is None:
             return 0.0
-        size = max(trainer.sampling.rows_per_call // 2, 1)
-        calls = -(-len(pairs.signs.nonzero()[0]) // size)
         one, units = trainer.update_rows(1), max(trainer.sampling.batch_size // trainer.members, 1)
         networks = (one.forward + one.gradient) / (trainer.members * trainer.times.draws)
         each = trial.learning.seconds_per_step / trainer.update_rows(units).cost
-        return -(-calls // groups) * POINTS * 2 * size * networks * each
+        return held_out_samples(trainer, pairs, groups) * networks * each
 
     def _dearer(self) -> float:
         """What an optimizer step costs on average over what the first one does, which needs no older policy."""

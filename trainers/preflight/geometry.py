@@ -77,7 +77,8 @@ def geometry(trainer: Trainer, processes: int = 1, batch_size: int | None = None
     callers = callers_of(trainer, processes)
     if processes % callers:
         raise ValueError(
-            f"memory.context_parallel: {callers} processes make each call together, which does not divide {processes}"
+            f"memory.context_parallel: {callers} processes make each call together, which does not divide {processes}; "
+            f"take a multiple of {callers} processes"
         )
     cut = trainer.preflight().geometry(processes // callers, batch_size or trainer.sampling.batch_size)
     return replace(cut, callers=callers)

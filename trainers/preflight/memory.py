@@ -170,8 +170,8 @@ class Passing:
 
     def __init__(self, trainer: Trainer, model: PipelineModel, most_rows: int, callers: int = 1) -> None:
         self.model, self.rows, self.callers = model, most_rows, callers
-        self.policy, cut = trainer.policy, trainer.sampling
-        self.whole, self.per_call = cut.batch_size, cut.rows_per_call
+        self.policy, settings = trainer.policy, trainer.sampling
+        self.whole, self.per_call = settings.batch_size, settings.rows_per_call
         self._prompts, self._reward = trainer.collection.told_rows(trainer.collection.epoch(0), [0]), trainer.reward
         self._told = model.condition(self._prompts)
         self.with_reward = True  # unless it could not be run on fakes
