@@ -358,6 +358,8 @@ def test_stored_pairs_alone_are_a_run_whose_best_policy_gets_most_of_the_held_ou
     assert (first["held-out"], first["held-out/pair_lead"]) == (0.5, 0.0)
     assert max(row["held-out"] for row in later) > 0.7
     assert all(row["held-out"] == row["held-out/pair_accuracy"] for row in later)
+    told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["time/evaluation"] > 0 for row in told if "held-out" in row)
     assert (folder / "report.html").is_file()
     assert json.loads((folder / "best.json").read_text())["held-out"] == max(row["held-out"] for row in later)
     epochs = [row for row in rows(folder) if "loss" in row]

@@ -91,15 +91,21 @@ class Evaluator:
             self.model.encode(self.prompts.text, self.prompts.negatives())
 
     def run(
-        self, run: Run, epoch: int, asked: Asked = never, beside: Mapping[str, float] | None = None
+        self,
+        run: Run,
+        epoch: int,
+        asked: Asked = never,
+        beside: Mapping[str, float] | None = None,
+        began: float | None = None,
     ) -> dict[str, float] | None:
         """Sample, score, log and save pictures; returns the metrics, "held-out" among them.
 
         Args:
             asked: whether to stop, called with how many calls of how many are done; if so, None is returned.
             beside: numbers from elsewhere that are logged with them.
+            began: when the work for those began, on the monotonic clock; logged seconds count from there.
         """
-        started = time.monotonic()
+        started = time.monotonic() if began is None else began
         assert self.prompts is not None
         with self.model.meter.phase("evaluation"):
             made = self.sample(asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -95,13 +96,14 @@ class PairTrainer(ForwardProcessTrainer):
         """With the share of held-out pairs that are got right, which decides on the best where no prompts do."""
         if self.held_out_pairs is None:
             return super().judge(run, asked)
+        began = time.monotonic()
         leads = held_out_leads(self, self.held_out_pairs, self.lead, asked)
         if leads is None:
             return None
         if self.evaluator.prompts is not None:
-            return self.evaluator.run(run, self.state.epoch, asked, accuracy(leads))
+            return self.evaluator.run(run, self.state.epoch, asked, accuracy(leads), began)
         found = decisive(leads) | accuracy(leads)
-        run.log(self.state.epoch, found)
+        run.log(self.state.epoch, found | {"time/evaluation": round(time.monotonic() - began, 4)})
         return found
 
     def _check(self) -> None:
