@@ -11,6 +11,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,12 +83,11 @@ class Peak(TorchDispatchMode):
         if key in self._held:
             return
         self.now += size
+        self._held[key] = weakref.ref(storage, partial(self._gone, key, size))
 
-        def gone(_: Any) -> None:
-            self.now -= size
-            self._held.pop(key, None)
-
-        self._held[key] = weakref.ref(storage, gone)
+    def _gone(self, key: int, size: int, _: Any) -> None:
+        self.now -= size
+        self._held.pop(key, None)
 
 
 class AllTrue(TorchDispatchMode):

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -56,6 +57,16 @@ def collect(words: Sequence[str]) -> None:
     sys.stdout = stdout
     os.dup2(kept, 1)
     os.close(kept)
+
+
+def warm_up() -> None:
+    """One run of the kind that most of the tests make, if any: what is looked up at first use is known in all forks."""
+    if "tests.interrupted" not in sys.modules:
+        return
+    from tests.interrupted import train
+
+    with TemporaryDirectory(prefix="flowalign-repeats-") as folder:
+        train(Path(folder) / "run")
 
 
 def once(words: Sequence[str], log: Path) -> tuple[bool, str]:
@@ -106,6 +117,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made = counted(tally, tests)
     if len(made) < asked.times:
         collect(tests)
+        warm_up()
     try:
         for number in range(len(made) + 1, asked.times + 1):
             log = out / f"{os.getpid()}-{number:04d}.log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable
@@ -19,6 +20,12 @@ import typecheck
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 jaxtyping.jaxtyped = typecheck.jaxtyped  # what the hook decorates with
 jaxtyping.install_import_hook(["flowalign", "rewards", "trainers"], "typecheck.check")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not walk it again and again, here and in forks."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from tests.test_context_parallel import made as video_job
 from tests.tiny import tiny_sd3
 from trainers import Checkpoints, Evaluation, Optimizer, Sampling
 from trainers.base import Trainer
-from trainers.preflight import Preflight, inspect, page, trial
+from trainers.preflight import Preflight, checking, inspect, page, trial
 from trainers.preflight.costs import Space, Times
 from trainers.preflight.findings import of_costs
 from trainers.preflight.folder import of_folder
@@ -50,6 +50,12 @@ def check(folder: Path, *words: str) -> int:
     return main(["check", "flow_grpo/shapes", "--folder", str(folder), *SMALL, *words])
 
 
+@pytest.fixture
+def unpredicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what has nothing to do with the memory of a GPU, whose prediction takes most of a check of a tiny model."""
+    monkeypatch.setattr(checking, "predict", lambda trainer, cut: None)
+
+
 def sampled(**changes: Any) -> dict[str, Any]:
     return {"sampling": replace(FAST, **changes)}
 
@@ -71,6 +77,7 @@ def test_the_command_reports_and_leaves_the_run_folder_alone(tmp_path, capsys):
     assert Image.open(tmp_path / "run-check" / "first_group.png").size[0] > 3 * 128
 
 
+@pytest.mark.usefixtures("unpredicted")
 def test_an_error_is_status_2_and_a_sheet_is_drawn_all_the_same(tmp_path, capsys):
     assert check(tmp_path / "run", "--evaluation.metric", "beauty", "--out", str(tmp_path / "here")) == 2
     shown = capsys.readouterr()
@@ -130,6 +137,7 @@ def test_a_check_leaves_the_trainer_as_it_was_and_its_run_too(tmp_path):
     assert rows(tmp_path / "run") == rows(tmp_path / "unchecked")
 
 
+@pytest.mark.usefixtures("unpredicted")
 def test_the_first_group_is_the_runs_own(tmp_path):
     trainer = job(tmp_path / "run", **sampled(batch_size=3))
     made = inspect(trainer, tmp_path / "out").trial.rollouts
@@ -142,16 +150,22 @@ def test_the_first_group_is_the_runs_own(tmp_path):
     assert made.repeatable
 
 
+@pytest.mark.usefixtures("unpredicted")
 @pytest.mark.parametrize("kind", ["flow_grpo", "draft"])
 def test_what_keeping_pictures_takes_is_no_phase_of_the_run(kind, tmp_path, monkeypatch):
+    clock, ahead = time.perf_counter, 0.0
+
     def slowly(pixels: Tensor) -> Tensor:
-        time.sleep(2)
+        nonlocal ahead
+        ahead += 1000.0
         return pixels
 
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead)
     monkeypatch.setattr(trial, "stills", slowly)
     made = inspect(JOBS[kind](tmp_path / "run"), tmp_path / "out").trial
-    assert made.rollouts.seconds_per_score * len(made.rollouts.scores) < 1
-    assert made.learning.seconds_per_step < 1
+    assert ahead > 0
+    assert made.rollouts.seconds_per_score * len(made.rollouts.scores) < 500
+    assert made.learning.seconds_per_step < 500
 
 
 def test_shares_of_processes_add_up(tmp_path):
@@ -308,6 +322,7 @@ def found(trainer: Trainer, tmp_path: Path) -> tuple[Preflight, list[str]]:
     return made, [f"{problem.kind}: {problem.text}" for problem in made.problems]
 
 
+@pytest.mark.usefixtures("unpredicted")
 @pytest.mark.parametrize(("changes", "message"), TRIALS, ids=[message[:60] for _, message in TRIALS])
 def test_what_the_tiny_step_shows_is_told(changes, message, model, tmp_path):
     everywhere = (
@@ -326,6 +341,7 @@ def test_a_sound_job_has_no_problem_and_its_first_ratio_is_1(model, tmp_path):
     assert made.trial.learning.grad_norm > 0
 
 
+@pytest.mark.usefixtures("unpredicted")
 def test_a_policy_that_no_gradient_reaches_is_an_error(model, tmp_path):
     _, texts = found(sound(tmp_path / "run", model=model, log_prob=dead), tmp_path)
     assert [text[:35] for text in texts] == ["error: the gradient is exactly 0, th"[:35]]

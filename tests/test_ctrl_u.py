@@ -302,6 +302,7 @@ def train(folder: Path, rank: int = 0, **changes: Any) -> None:
     whole(folder, ControlledUNet, **changes).train(resume=True, report=False)
 
 
+@pytest.mark.slow
 def test_a_killed_run_comes_to_the_same(tmp_path):
     """Amid the second optimizer step of an epoch, after a checkpoint: rise, samples and points go on as they were."""
     processes.run(1, tmp_path, functools.partial(train, tmp_path / "whole", epochs=1))

@@ -277,6 +277,7 @@ def code_of(folder: Path) -> str:
     return str(found[0])
 
 
+@pytest.mark.slow
 def test_the_code_on_the_card_runs_in_plain_diffusers(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert export(work / "a run", "--out", out) == 0

@@ -66,6 +66,7 @@ def test_the_preferred_video_is_better_in_its_file_too(made) -> None:
     assert (made / "train" / "sheet.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_check_then_train_then_go_on(made, tmp_path, capsys) -> None:
     assert main(["check", *words(made, tmp_path / "run")]) == 0
     shown = capsys.readouterr().out

@@ -320,7 +320,7 @@ def test_without_a_watch_nothing_is_looked_at(tmp_path):
     assert "Watch for reward hacking" not in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("on_alarm", ["stop", "roll_back"])
+@pytest.mark.parametrize("on_alarm", slow_but(["roll_back"], ["stop", "roll_back"]))
 def test_an_alarm_ends_the_run(on_alarm, told_run, tmp_path, capsys):
     folder, watch = tmp_path / "run", replace(EAGER, on_alarm=on_alarm)
     hacked(folder, watch).train(report=False)
@@ -345,7 +345,8 @@ def test_an_alarm_ends_the_run(on_alarm, told_run, tmp_path, capsys):
         assert digest(folder) == digest(told_run)
 
 
-@pytest.mark.parametrize(("place", "turn"), slow_but([("path", 5)], [("rename", 3), ("path", 5)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "turn"), [("rename", 3), ("path", 5)])
 def test_a_killed_run_comes_to_the_same(place, turn, told_run, tmp_path):
     folder = tmp_path / "run"
     stop = dying(functools.partial(told, folder, kind="hacked"), place, turn, 0, signal.SIGTERM)

@@ -154,7 +154,7 @@ def test_updates_by_gradient_come_to_the_same_policy(kind, tmp_path):
         assert row == pytest.approx(same, abs=1e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", slow_but(["dpo", "pairs"], FORWARD))
+@pytest.mark.parametrize("kind", slow_but(["pairs"], FORWARD))
 def test_noising_anew_is_the_same_on_any_number_of_processes(kind, tmp_path):
     """Stored pairs; and pairs out of groups of three in micro-batches of two, which processes do not hold whole."""
     (alone,) = processes.run(1, tmp_path, functools.partial(first_gradient, kind, tmp_path / "1"))
@@ -164,7 +164,7 @@ def test_noising_anew_is_the_same_on_any_number_of_processes(kind, tmp_path):
             assert max(np.abs(a - b).max() for a, b in zip(found, alone, strict=True)) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", slow_but(["dpo", "nft"], FORWARD))
+@pytest.mark.parametrize("kind", slow_but(["nft"], FORWARD))
 def test_updates_by_noising_anew_come_to_the_same_policy(kind, tmp_path):
     """Six optimizer steps, the last two of which are compared with another reference online."""
     (alone,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / "1", {}, kind=kind))

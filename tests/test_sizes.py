@@ -28,7 +28,7 @@ from flowalign.transitions import FlowSDE
 from rewards.base import as_reward
 from tests import processes
 from tests.families import CASES
-from tests.interrupted import dying, slow_but
+from tests.interrupted import dying
 from tests.jobs import digest, job
 from trainers import Evaluation, Optimizer, Sampling
 from trainers.preflight.checking import inspect
@@ -158,7 +158,8 @@ def resumable(folder: Path, rank: int = 0) -> None:
     mixed(folder, epochs=2).train(resume=True, report=False)
 
 
-@pytest.mark.parametrize(("place", "turn"), slow_but([("update", 4)], [("rollout", 3), ("update", 4)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "turn"), [("rollout", 3), ("update", 4)])
 def test_a_killed_run_goes_on_to_the_same(place, turn, tmp_path):
     work, whole = functools.partial(resumable, tmp_path / "run"), functools.partial(resumable, tmp_path / "whole")
     assert processes.killed(dying(work, place, turn, 0, 9)) == -9

@@ -126,6 +126,7 @@ def blue(media: Media, prompts: Prompts) -> torch.Tensor:
     return media.pixels[:, 2].mean((1, 2)) - media.pixels[:, 0].mean((1, 2))
 
 
+@pytest.mark.slow
 def test_a_pipeline_a_function_and_a_list_of_prompts_are_enough(tmp_path):
     """The README's Python, on the embedded pipeline, and the reward rises."""
     pipe = text_to_image()

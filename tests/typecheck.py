@@ -12,7 +12,7 @@ import inspect
 import random
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
@@ -25,8 +25,9 @@ vars(codemain)["getrandbits"] = random.Random(0).getrandbits
 # As for static checkers, an int will do where a float is asked for.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 scope = jaxtyping.jaxtyped
-CALLS = 20  # of a function that are checked in a test: what a loop does a thousand times it does alike
+CALLS = 5  # of a function that are checked in a test: what a loop does a thousand times it does alike
 test, on = 0, True
+counts = dict[CodeType, list[int]]()  # of each function's code: the test that called it last, and how often it did
 
 
 def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
@@ -57,13 +58,14 @@ def switch_off() -> None:
 
 def _checked(function: Any) -> Any:
     made: Callable[..., Any] | None = None
-    shaped, last, seen = False, -1, 0
+    shaped = False
+    calls = counts.setdefault(function.__code__, [-1, 0])  # a function in a function is made anew by each call
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal made, shaped, last, seen
-        last, seen = test, seen + 1 if last == test else 1
-        if not on or seen > CALLS:
+        nonlocal made, shaped
+        calls[:] = test, calls[1] + 1 if calls[0] == test else 1
+        if not on or calls[1] > CALLS:
             return function(*args, **kwargs)
         if made is None:
             hints = {name: _hint(hint, function) for name, hint in function.__annotations__.items()}
