@@ -22,8 +22,8 @@ LEAST = (0.1 / 255) ** 2  # mean square of a change: less is rounding in a pictu
 SMALL = 32  # pixels: the side of the copies that are compared with one another
 SMALL_STRIP = (16, 96)  # height and width of those of a video's frames side by side
 
-
 NAMES = ("saturation", "clipped", "fine_detail", "grid_lines", "tiling")
+ALARM = "watch/alarm/"  # and its kind: in the numbers of the evaluation that raises it first
 
 
 @torch.no_grad()

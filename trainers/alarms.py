@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.distributed import gather_text, on_main
-from flowalign.looks import NAMES, small
+from flowalign.looks import ALARM, NAMES, small
 from flowalign.pictures import unzipped
 from flowalign.tracking import Run, json_lines, write_atomically
 from rewards.algebra import RunningNormalise, running_normalisers
@@ -27,7 +27,6 @@ from trainers.batch import score_rows
 from trainers.hacking_watch import Alarm, Found, Glance, HackingWatch, Scored, compare_looks, compare_scores
 from trainers.seen import Seen
 
-ALARM = "watch/alarm/"  # and its kind: in the numbers of the evaluation that raises it first
 FIRST = ("epoch-000000.jsonl", "looks-000000.jsonl", "epoch-000000.zip")  # scores, looks and pictures to compare with
 WORST = 8  # prompts of an alarm's contact sheet
 GO_ON = "--evaluation.watch.on_alarm tell goes on"

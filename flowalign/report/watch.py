@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import stdev
 
+from flowalign.looks import ALARM
 from flowalign.report.charts import Chart, Series, line_chart
 from flowalign.report.comparing import difference
 from flowalign.report.formats import number
@@ -14,7 +15,6 @@ from flowalign.report.images import LARGEST_SHEET, WIDEST_SHEET, Embedded, embed
 from flowalign.report.reading import Row, RunRecord
 
 PREFIX = "watch/"
-ALARM = "watch/alarm/"
 SHORT = "watch/short/"
 TITLES = {
     "saturation": ("Saturation", "0 for grey, 1 for pure colours"),

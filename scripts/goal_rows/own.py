@@ -19,6 +19,7 @@ import torch
 from flowalign import checkpoint, distributed
 from flowalign.interrupt import Stopped
 from flowalign.models.sd3 import SD3
+from flowalign.records import Step
 from flowalign.rollout import replay
 from flowalign.schedules import AllSteps
 from flowalign.transitions import FlowSDE
@@ -147,14 +148,20 @@ def ratios(precision: str) -> dict[str, Any]:
         told = batch.condition(model, range(len(batch.texts)))
         (part,) = batch.parts
         gaps = {"same": 0.0, "other": 0.0, "last": 0.0}
+
+        @torch.no_grad()
+        def gap(step: Step, size: int) -> float:
+            """The largest of calls of so many rows."""
+            transition, furthest = part.path.transitions[step.interval.index], 0.0
+            for rows in torch.arange(len(step.latents)).split(size):
+                taken = step.rows(rows)
+                again = replay(model, taken, transition, told.rows(rows), trainer.policy)
+                furthest = max(furthest, float((again.log_probs - taken.log_probs).exp().sub(1).abs().max()))
+            return furthest
+
         for step in part.steps:
             for name, size in (("same", 8), ("last" if step is part.steps[-1] else "other", 1)):
-                for rows in torch.arange(len(step.latents)).split(size):
-                    taken, transition = step.rows(rows), part.path.transitions[step.interval.index]
-                    with torch.no_grad():
-                        again = replay(model, taken, transition, told.rows(rows), trainer.policy)
-                    ratio = (again.log_probs - taken.log_probs).exp().sub(1).abs().max()
-                    gaps[name] = max(gaps[name], float(ratio))
+                gaps[name] = max(gaps[name], gap(step, size))
         largest = part.steps[-1].log_probs.abs().max()
         gaps["unit"] = float(largest.nextafter(largest.new_tensor(torch.inf)) - largest)
         trainer.ratio_guard = None  # which would make the old log-probs anew
