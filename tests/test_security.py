@@ -393,8 +393,10 @@ def asking(place: Path) -> dict[str, list[object]]:
     (run / "metrics.jsonl").write_text("")
     shutil.copytree(ROOT / "flowalign" / "shapes" / "weights" / "few-step", run / "lora", dirs_exist_ok=True)
     (place / "c.yaml").write_text("class: evil.Evil\n")
+    (place / "p.txt").write_text("a\n")
     Image.new("RGB", (8, 8)).save(place / "a.png")
     named, prompts = ["--reward", "evil.Evil"], ["--prompt", "a"]
+    clip = ["--reward", "{class: rewards.CLIPScore, model: shapes}"]
     return {
         "train": ["flow_grpo/shapes", "--folder", out, "--sampling.plan", "evil.Evil"],
         "train, its trainer": ["flow_grpo/shapes", "--folder", out, "--trainer", "evil.Evil"],
@@ -405,6 +407,10 @@ def asking(place: Path) -> dict[str, list[object]]:
         "score, a formula": ["{class: evil.Evil}", "--media", place / "a.png", *prompts, "--out", out],
         "optimize": ["shapes-few-step", *prompts, *named, "--out", out],
         "prefer": ["shapes", *named, "--prompts", "{class: flowalign.shapes.train_prompts}", "--out", out],
+        "eval": ["eval/shapes", "--folder", out, "--metrics.clip.class", "evil.Evil"],
+        "soup": [run, run, "--sweep", "2", *named, "--prompts", place / "p.txt", "--model", "shapes", "--out", out],
+        "soup, its model": [run, run, "--sweep", "2", *clip, "--prompts", place / "p.txt", "--out", out],
+        "slurm": ["flow_grpo/shapes", "--time", "1:00:00", "--folder", out, "--sampling.plan", "evil.Evil"],
         "serve": ["evil.Evil"],
         "serve, a file": [place / "c.yaml"],
     }
@@ -412,7 +418,7 @@ def asking(place: Path) -> dict[str, list[object]]:
 
 COMMANDS = (
     "train", "train, its trainer", "check", "sample", "sample, its prompts", "score", "score, a formula", "optimize",
-    "prefer", "serve", "serve, a file",
+    "prefer", "eval", "soup", "soup, its model", "slurm", "serve", "serve, a file",
 )  # fmt: skip
 
 
