@@ -19,7 +19,7 @@ from flowalign.transitions import FlowSDE
 from tests import processes
 from tests.interrupted import slow_but
 from tests.jobs import BY_GRADIENT, FORWARD, JOBS, REPLAYED, job, rows
-from trainers import Optimizer, Sampling
+from trainers import Evaluation, Optimizer, Sampling
 from trainers.gathering import gather_files
 
 GENTLE = Optimizer(
@@ -182,13 +182,15 @@ def test_accumulation_changes_nothing_under_a_smooth_reward(tmp_path):
 
     def sampled(batch_size: int) -> dict[str, Any]:
         plan = AllSteps(FlowSDE(0.7))
-        return {"sampling": Sampling(plan, 2, 8, batch_size=batch_size, rows_per_call=8, steps=3, guidance_scale=2.0)}
+        sampling = Sampling(plan, 2, 8, batch_size=batch_size, rows_per_call=8, steps=3, guidance_scale=2.0)
+        return {"sampling": sampling, "epochs": 1, "evaluation": Evaluation()}
 
     def made(size: int) -> dict[str, Any]:
         (found,) = processes.run(1, tmp_path, functools.partial(policy, tmp_path / str(size), sampled(size)))
         return dict(found)
 
     whole = made(2)
+    assert max(np.abs(value).max() for name, value in whole.items() if "lora_B" in name) > 1e-4  # it was 0
     for size in (8, 4, 3):
         other = made(size)
         assert max(np.abs(other[name] - whole[name]).max() for name in whole) <= 1e-6, size
