@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -183,6 +182,8 @@ def _pair(
 
 def _scale(file: Path, module: str, rank: int, alpha: float | None, settings: Mapping[str, Any] | None) -> float:
     """alpha / rank, or with rsLoRA (arXiv:2312.03732) alpha / sqrt(rank), by the layer's own alpha where it has one."""
+    from peft.utils.other import get_pattern_key  # seconds, which rewards alone need not wait for
+
     if settings is None:
         return 1.0 if alpha is None else alpha / rank
     for name in ("use_dora", "modules_to_save"):

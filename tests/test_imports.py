@@ -137,3 +137,10 @@ def test_help_and_config_load_without_torch() -> None:
     code = "import sys, flowalign.cli, flowalign.config; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_rewards_load_without_pipelines() -> None:
+    """Which take seconds, in every process that scores."""
+    code = "import sys, rewards; print([m for m in ('transformers', 'diffusers', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
