@@ -25,7 +25,7 @@ vars(codemain)["getrandbits"] = random.Random(0).getrandbits
 # As for static checkers, an int will do where a float is asked for.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 scope = jaxtyping.jaxtyped
-CALLS = 5  # of a function that are checked in a test: what a loop does a thousand times it does alike
+CALLS = 10  # of a function that are checked in a test: what a loop does a thousand times it does alike
 test, on = 0, True
 counts = dict[CodeType, list[int]]()  # of each function's code: the test that called it last, and how often it did
 
