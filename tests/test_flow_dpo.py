@@ -398,8 +398,7 @@ def test_a_check_counts_what_held_out_pairs_take(tmp_path) -> None:
     trainer = pairs_job(tmp_path / "run", evaluation=Evaluation())
     trial = inspect(trainer, tmp_path / "out").trial
     assert trial is not None
-    units = max(trainer.sampling.batch_size // trainer.members, 1)
-    price = trial.learning.seconds_per_step / trainer.update_rows(units).cost
+    price = trial.learning.seconds_per_step / trainer.update_rows(trainer.units_per_call()).cost
     trainer.model.meter.take()
     assert held_out_leads(trainer, trainer.held_out_pairs, trainer.lead, lambda done, all_of_them: False) is not None
     _, made, _ = trainer.model.meter.take()

@@ -32,7 +32,7 @@ from flowalign.tracking import write_atomically
 
 CODE = 1  # raise it where the same media would give other latents
 TOLD = 200  # pieces that are looked at between two lines which say so: some 30 GB at 1024 pixels
-KEPT = 128  # records of pieces that stay in memory, some 25 MB; each read costs milliseconds
+KEPT = 128  # records of pieces that stay in memory, some 60 MB; each read costs milliseconds
 SIGNS = {"first": 1, "second": -1, "tie": 0, "invalid": 0}
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

@@ -219,7 +219,7 @@ class ForwardProcessFamily(Family):
         trainer, pairs = self.trainer, self.trainer.held_out_pairs
         if pairs is None:
             return 0.0
-        one, units = trainer.update_rows(1), max(trainer.sampling.batch_size // trainer.members, 1)
+        one, units = trainer.update_rows(1), trainer.units_per_call()
         networks = (one.forward + one.gradient) / (trainer.members * trainer.times.draws)
         each = trial.learning.seconds_per_step / trainer.update_rows(units).cost
         return held_out_samples(trainer, pairs, groups) * networks * each
