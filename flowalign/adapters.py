@@ -168,7 +168,7 @@ def policy_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 def as_reference(network: nn.Module, reference: Reference) -> Iterator[None]:
     """While entered, the network runs without the policy's adapter, or with the frozen copy of its start.
 
-    None of its parameters has a gradient meanwhile, and the policy's alone have one after it.
+    The policy's parameters alone have gradients, as before: the reference does not run them, and that copy is frozen.
     """
     layers = _layers(network)
     before = _in_use(layers)
@@ -189,13 +189,16 @@ def _in_use(layers: Sequence[BaseTunerLayer]) -> Use:
 
 
 def _use(layers: Sequence[BaseTunerLayer], what: Use) -> None:
+    """Say what adapted layers run with, and nothing else.
+
+    peft's own switches walk over all parameters to say which of them have gradients, which changes nothing here (what
+    is not run has none, and the copy of the start is frozen) and takes 17 ms of the 342 layers of a FLUX policy.
+    """
     for layer in layers:
-        if what == "base":
-            layer.enable_adapters(False)
-        else:
-            if layer.disable_adapters:
-                layer.enable_adapters(True)
-            layer.set_adapter([START if what == "start" else POLICY], inference_mode=what == "start")
+        layer._disable_adapters = what == "base"
+        if what != "base":
+            layer._active_adapter = [START if what == "start" else POLICY]
+    assert _in_use(layers) == what or not layers, "this version of peft keeps what a layer runs with somewhere else"
 
 
 def as_now(network: nn.Module) -> AbstractContextManager[None]:
