@@ -37,7 +37,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
     """What a run that nothing happens to comes to: `tests.interrupted.unbroken_runs`."""
     from tests.interrupted import unbroken_runs  # after the hook above

@@ -101,13 +101,16 @@ def redness(media: Media, prompts: Prompts) -> Tensor:
 
 
 def job(folder: Path, **changes: Any) -> FlowGRPO:
-    """Two optimizer steps an epoch, guidance, KL, an average of the weights, evaluation; a second an epoch or less."""
+    """Two optimizer steps an epoch, KL, an average of the weights, evaluation; half a second an epoch or less.
+
+    Without guidance, as most of these jobs, for half the network's calls: `draft_job` has it, and so have two others.
+    """
     settings: dict[str, Any] = {
         "model": SD3(tiny_sd3(), max_sequence_length=0),
         "reward": RunningNormalise(as_reward(redness)),
         "prompts": PROMPTS,
         "sampling": Sampling(
-            AllSteps(FlowSDE(0.7)), groups=2, group_size=4, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+            AllSteps(FlowSDE(0.7)), groups=2, group_size=4, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
         ),
         "optimizer": Optimizer(1e-2, ema_decay=0.5, ema_every=1, warmup=3, max_skipped=1),
         "evaluation": Evaluation(["a green cross", "a star", "a circle"], every=1, pictures=2),
@@ -124,14 +127,14 @@ def job(folder: Path, **changes: Any) -> FlowGRPO:
 def dense_job(folder: Path, **changes: Any) -> DenseGRPO:
     """The same run by the gains of its steps, after two rounds of calibration; odd micro-batches of completions."""
     sampling = Sampling(
-        AllSteps(FlowSDE(0.7)), groups=2, group_size=4, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+        AllSteps(FlowSDE(0.7)), groups=2, group_size=4, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
     )
     own = {"kl_coef": 0.1, "clip_range": 1e-3, "calibration": Calibration(rounds=2, groups=1, amount=0.05)}
     return DenseGRPO(**_settings(folder, sampling) | own | changes)
 
 
 def draft_job(folder: Path, **changes: Any) -> DRaFT:
-    """The same run by the reward's gradient through the last two of three steps, with a KL; odd micro-batches."""
+    """The same run by the reward's gradient through the last two of three guided steps, with KL; odd micro-batches."""
     sampling = Sampling(
         LastSteps(2), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
     )
@@ -141,14 +144,14 @@ def draft_job(folder: Path, **changes: Any) -> DRaFT:
 def refl_job(folder: Path, **changes: Any) -> ReFL:
     """The same run by the hinge of one late step's reward, which is never satisfied."""
     plan = LateStep(1, 2)
-    sampling = Sampling(plan, groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    sampling = Sampling(plan, groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
     return ReFL(**_settings(folder, sampling) | {"margin": 60.0, "coefficient": 0.1} | changes)
 
 
 def instruct_video_job(folder: Path, **changes: Any) -> InstructVideo:
     """The same run from noised pictures: the last two of three steps, of which the last has gradient."""
     sampling = Sampling(
-        LastSteps(1), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+        LastSteps(1), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
     )
     model = SD3(tiny_sd3(), max_sequence_length=0, grid=linear)  # sigmas 1, .857, .6, 0
     own = {"model": model, "prompts": PICTURED, "start": 0.9}
@@ -158,7 +161,7 @@ def instruct_video_job(folder: Path, **changes: Any) -> InstructVideo:
 def ipro_job(folder: Path, **changes: Any) -> IPRO:
     """As DRaFT's, but for the weights of reward and KL."""
     sampling = Sampling(
-        LastSteps(2), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+        LastSteps(2), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
     )
     return IPRO(**_settings(folder, sampling) | changes)
 
@@ -169,7 +172,7 @@ def dpo_job(folder: Path, **changes: Any) -> FlowDPO:
     Groups of three in micro-batches of two: processes have pairs of which they hold one sample.
     """
     sampling = Sampling(
-        AllSteps(FlowSDE(0.7)), groups=4, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+        AllSteps(FlowSDE(0.7)), groups=4, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
     )
     own = {"sampling": sampling, "refresh": 2, "times": LogitNormalTimes(draws=2)}
     return FlowDPO(**_settings(folder, sampling) | own | changes)
@@ -177,7 +180,7 @@ def dpo_job(folder: Path, **changes: Any) -> FlowDPO:
 
 def pairs_job(folder: Path, **changes: Any) -> FlowDPO:
     """The same run from stored pairs, judged by others too."""
-    sampling = Sampling(groups=5, group_size=2, batch_size=4, rows_per_call=4, steps=3, guidance_scale=2.0)
+    sampling = Sampling(groups=5, group_size=2, batch_size=4, rows_per_call=4, steps=3, guidance_scale=1.0)
     settings = _settings(folder, sampling)
     pairs = Pairs(str(PREFERRED), held_out=str(PREFERRED), cache=str(Path(HELD.name) / "latents"))
     evaluation = replace(settings["evaluation"], reward=settings["reward"])
@@ -187,13 +190,13 @@ def pairs_job(folder: Path, **changes: Any) -> FlowDPO:
 
 def rwr_job(folder: Path, **changes: Any) -> FlowRWR:
     """The same run by weights of all samples, each taken twice, which a policy draws that is two epochs old at most."""
-    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
     return FlowRWR(**_settings(folder, sampling) | {"refresh": 2, "passes": 2} | changes)
 
 
 def raft_job(folder: Path, **changes: Any) -> RAFT:
     """The same run by the best of each prompt but the worst of these, each taken twice."""
-    sampling = Sampling(groups=5, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    sampling = Sampling(groups=5, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
     return RAFT(**_settings(folder, sampling) | {"passes": 2, "top_share": 0.8} | changes)
 
 
@@ -204,14 +207,14 @@ def third(step: int) -> float:
 
 def nft_job(folder: Path, **changes: Any) -> DiffusionNFT:
     """The same run by attraction and repulsion, from samples of an older policy, with a KL; odd micro-batches."""
-    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
     own = {"decay": third, "kl_coef": 0.1, "beta": 0.5, "times": GridTimes(2)}
     return DiffusionNFT(**_settings(folder, sampling) | own | changes)
 
 
 def awm_job(folder: Path, **changes: Any) -> AWM:
     """The same run by weighted matching, whose second step has ratios to the policy that an epoch starts with."""
-    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
     own = {"weighting": huber, "older_coef": 0.5, "advantages": unit_advantages, "times": GridTimes(2)}
     return AWM(**_settings(folder, sampling) | own | changes)
 
@@ -228,7 +231,7 @@ def tree_job(folder: Path, **changes: Any) -> TreeGRPO:
 def euphonium_job(folder: Path, **changes: Any) -> Euphonium:
     """The same run, whose last two steps follow the reward's gradient."""
     sampling = Sampling(
-        AllSteps(DanceSDE(0.5)), groups=2, group_size=4, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
+        AllSteps(DanceSDE(0.5)), groups=2, group_size=4, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
     )
     return Euphonium(**_settings(folder, sampling) | {"guided": Guided((1, 2), 0.5), "clip_range": 1e-3} | changes)
 
@@ -243,7 +246,7 @@ def guard_job(folder: Path, **changes: Any) -> GRPOGuard:
 def g2rpo_job(folder: Path, **changes: Any) -> G2RPO:
     """The same run from two steps of each anchor, of which an epoch's last micro-batch has one and a padded one."""
     sampling = Sampling(
-        FanOut(FlowSDE(0.7), (0, 1)), groups=3, group_size=4, batch_size=2, rows_per_call=3, steps=3, guidance_scale=2.0
+        FanOut(FlowSDE(0.7), (0, 1)), groups=3, group_size=4, batch_size=2, rows_per_call=3, steps=3, guidance_scale=1.0
     )
     return G2RPO(**_settings(folder, sampling) | {"kl_coef": 0.1, "clip_range": 1e-3} | changes)
 

@@ -27,7 +27,7 @@ GENTLE = Optimizer(
     ema_decay=0.5,
     ema_every=1,
 )
-FANNED = Sampling(FanOut(FlowSDE(0.7), (1,)), 5, 4, batch_size=2, rows_per_call=4, steps=3, guidance_scale=2.0)
+FANNED = Sampling(FanOut(FlowSDE(0.7), (1,)), 5, 4, batch_size=2, rows_per_call=4, steps=3, guidance_scale=1.0)
 SHARED = Sampling(
     AllSteps(FlowSDE(0.7), shared_noise=True), 5, 4, batch_size=2, rows_per_call=4, steps=3, guidance_scale=2.0
 )

@@ -41,7 +41,7 @@ from trainers.base import Trainer
 LINE, GRID = Shard(), Shard(group=2)
 GENTLE = Optimizer(3e-4, ema_decay=0.5, ema_every=1)  # AdamW moves what has no gradient by up to its learning rate
 # five micro-batches, of which the last has one row: two processes have two and three, four have one or two
-UNEVEN = Sampling(AllSteps(FlowSDE(0.7)), 3, 3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+UNEVEN = Sampling(AllSteps(FlowSDE(0.7)), 3, 3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
 # nothing is clipped, which would hide a wrong factor; a large eps, so that AdamW does not blow up what is near 0
 PLAIN = Optimizer(3e-4, eps=1e-4, max_grad_norm=1e9, ema_decay=0.5, ema_every=1)
 SHORT = {"epochs": 1, "updates_per_epoch": 1, "optimizer": PLAIN, "evaluation": Evaluation()}
