@@ -103,7 +103,8 @@ def redness(media: Media, prompts: Prompts) -> Tensor:
 def job(folder: Path, **changes: Any) -> FlowGRPO:
     """Two optimizer steps an epoch, KL, an average of the weights, evaluation; half a second an epoch or less.
 
-    Without guidance, as most of these jobs, for half the network's calls: `draft_job` has it, and so have two others.
+    Without guidance, for half the network's calls, as all jobs whose runs on several processes are no slow tests; but
+    for `draft_job` and `tree_job`.
     """
     settings: dict[str, Any] = {
         "model": SD3(tiny_sd3(), max_sequence_length=0),
@@ -151,7 +152,7 @@ def refl_job(folder: Path, **changes: Any) -> ReFL:
 def instruct_video_job(folder: Path, **changes: Any) -> InstructVideo:
     """The same run from noised pictures: the last two of three steps, of which the last has gradient."""
     sampling = Sampling(
-        LastSteps(1), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
+        LastSteps(1), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
     )
     model = SD3(tiny_sd3(), max_sequence_length=0, grid=linear)  # sigmas 1, .857, .6, 0
     own = {"model": model, "prompts": PICTURED, "start": 0.9}
@@ -161,7 +162,7 @@ def instruct_video_job(folder: Path, **changes: Any) -> InstructVideo:
 def ipro_job(folder: Path, **changes: Any) -> IPRO:
     """As DRaFT's, but for the weights of reward and KL."""
     sampling = Sampling(
-        LastSteps(2), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
+        LastSteps(2), groups=3, group_size=2, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
     )
     return IPRO(**_settings(folder, sampling) | changes)
 
@@ -172,7 +173,7 @@ def dpo_job(folder: Path, **changes: Any) -> FlowDPO:
     Groups of three in micro-batches of two: processes have pairs of which they hold one sample.
     """
     sampling = Sampling(
-        AllSteps(FlowSDE(0.7)), groups=4, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0
+        AllSteps(FlowSDE(0.7)), groups=4, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0
     )
     own = {"sampling": sampling, "refresh": 2, "times": LogitNormalTimes(draws=2)}
     return FlowDPO(**_settings(folder, sampling) | own | changes)
@@ -190,13 +191,13 @@ def pairs_job(folder: Path, **changes: Any) -> FlowDPO:
 
 def rwr_job(folder: Path, **changes: Any) -> FlowRWR:
     """The same run by weights of all samples, each taken twice, which a policy draws that is two epochs old at most."""
-    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
+    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
     return FlowRWR(**_settings(folder, sampling) | {"refresh": 2, "passes": 2} | changes)
 
 
 def raft_job(folder: Path, **changes: Any) -> RAFT:
     """The same run by the best of each prompt but the worst of these, each taken twice."""
-    sampling = Sampling(groups=5, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
+    sampling = Sampling(groups=5, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
     return RAFT(**_settings(folder, sampling) | {"passes": 2, "top_share": 0.8} | changes)
 
 
@@ -214,7 +215,7 @@ def nft_job(folder: Path, **changes: Any) -> DiffusionNFT:
 
 def awm_job(folder: Path, **changes: Any) -> AWM:
     """The same run by weighted matching, whose second step has ratios to the policy that an epoch starts with."""
-    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=1.0)
+    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
     own = {"weighting": huber, "older_coef": 0.5, "advantages": unit_advantages, "times": GridTimes(2)}
     return AWM(**_settings(folder, sampling) | own | changes)
 
@@ -246,7 +247,7 @@ def guard_job(folder: Path, **changes: Any) -> GRPOGuard:
 def g2rpo_job(folder: Path, **changes: Any) -> G2RPO:
     """The same run from two steps of each anchor, of which an epoch's last micro-batch has one and a padded one."""
     sampling = Sampling(
-        FanOut(FlowSDE(0.7), (0, 1)), groups=3, group_size=4, batch_size=2, rows_per_call=3, steps=3, guidance_scale=1.0
+        FanOut(FlowSDE(0.7), (0, 1)), groups=3, group_size=4, batch_size=2, rows_per_call=3, steps=3, guidance_scale=2.0
     )
     return G2RPO(**_settings(folder, sampling) | {"kl_coef": 0.1, "clip_range": 1e-3} | changes)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +286,8 @@ def test_published_settings(short, updates, beta, decay):
 
 
 def test_guidance_asks_for_the_unconditional_half_of_each_policy(tmp_path):
-    made = nft_job(tmp_path, guidance_scale=2.0, decay=half)
+    sampling = Sampling(groups=3, group_size=3, batch_size=2, rows_per_call=2, steps=3, guidance_scale=2.0)
+    made = nft_job(tmp_path, guidance_scale=2.0, decay=half, sampling=sampling)
     assert made.update_rows(3, older=True).forward == 3 * made.times.draws * (1 + 2 * made.needs_reference() + 2)
     assert made.update_rows(3).forward == 3 * made.times.draws * (1 + 2 * made.needs_reference())
-    assert replace(made.sampling).guidance_scale == 2.0
+    assert made.sampling.guidance_scale == 2.0
