@@ -207,12 +207,13 @@ def as_now(network: nn.Module) -> AbstractContextManager[None]:
     By then a reference may have been left or entered; that is changed and put back. That the policy's weights are
     others is an error, as it is for a call that is not made anew.
     """
-    layers, versions = _layers(network), _versions(network)
-    held = _in_use(layers)
+    layers, weights = _layers(network), [*policy_parameters(network).values()]
+    held, versions = _in_use(layers), [one._version for one in weights]  # how often each has been written to
 
     @contextmanager
     def entered() -> Iterator[None]:
-        assert _versions(network) == versions, "the policy's weights have changed between forward and backward pass"
+        written = [one._version for one in weights]
+        assert written == versions, "the policy's weights have changed between forward and backward pass"
         now = _in_use(layers)
         if now == held:
             yield
@@ -224,11 +225,6 @@ def as_now(network: nn.Module) -> AbstractContextManager[None]:
             _use(layers, now)
 
     return entered()
-
-
-def _versions(network: nn.Module) -> list[int]:
-    """How often each of the policy's parameters has been written to."""
-    return [parameter._version for parameter in policy_parameters(network).values()]
 
 
 def recomputed(block: Any, *arguments: Any) -> Any:
