@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_flow_grpo_on_flux_is_the_published_one() -> None:
     assert (model["height"], model["width"], model["max_sequence_length"]) == (512, 512, 128)
     assert (model["lora"]["rank"], model["lora"]["alpha"], model["mixed_precision"]) == (64, 128, "bf16")
     assert {*Flux.targets} < {*model["lora"]["targets"]}
+
+
+def test_flow_grpo_on_qwen_image_is_the_published_one() -> None:
+    config = resolved("flow_grpo/qwen-image_pickscore.yaml")
+    assert (config["kl_coef"], config["clip_range"], config["updates_per_epoch"]) == (0, 1e-4, 2)
+    assert (config["evaluation"]["steps"], config["evaluation"]["every"]) == (50, 30)
+    sampling, model, optimizer = config["sampling"], config["model"], config["optimizer"]
+    assert [sampling[key] for key in ("groups", "group_size", "steps", "guidance_scale")] == [32, 16, 10, 4.0]
+    assert sampling["plan"]["transition"] == {"class": "flowalign.transitions.FlowSDE", "noise_level": 1.2}
+    start = random.Random(0).randint(0, 5 - 2)  # seeded anew in each of their calls: range (0, 5), a window of 2
+    assert sampling["plan"]["steps"] == [start, start + 1]
+    assert (optimizer["learning_rate"], optimizer["ema_decay"], optimizer["ema_every"]) == (3e-4, 0.0, 1)
+    assert (model["height"], model["width"], model["negative_prompt"], model["mixed_precision"]) == (
+        512,
+        512,
+        " ",
+        "bf16",
+    )
+    assert (model["lora"]["rank"], model["lora"]["alpha"], len(model["lora"]["targets"])) == (64, 128, 12)
 
 
 def test_dense_grpo_s_known_settings_are_the_published_ones() -> None:
