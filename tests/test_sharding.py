@@ -6,6 +6,7 @@ import functools
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 def settings(kind: str) -> dict[str, Any]:
-    return SHORT | ({"sampling": UNEVEN} if kind == "flow_grpo" else {})
+    return SHORT | ({"sampling": replace(UNEVEN, guidance_scale=2.0)} if kind == "flow_grpo" else {})
 
 
 def assert_gradient(world: int, how: Shard | None, full: bool, kind: str, place: Path, alone: Any) -> None:
