@@ -88,12 +88,8 @@ def test_flow_grpo_on_qwen_image_is_the_published_one() -> None:
     start = random.Random(0).randint(0, 5 - 2)  # seeded anew in each of their calls: range (0, 5), a window of 2
     assert sampling["plan"]["steps"] == [start, start + 1]
     assert (optimizer["learning_rate"], optimizer["ema_decay"], optimizer["ema_every"]) == (3e-4, 0.0, 1)
-    assert (model["height"], model["width"], model["negative_prompt"], model["mixed_precision"]) == (
-        512,
-        512,
-        " ",
-        "bf16",
-    )
+    told = [model[key] for key in ("height", "width", "negative_prompt", "mixed_precision")]
+    assert told == [512, 512, " ", "bf16"]
     assert (model["lora"]["rank"], model["lora"]["alpha"], len(model["lora"]["targets"])) == (64, 128, 12)
 
 
