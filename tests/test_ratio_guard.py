@@ -81,7 +81,8 @@ def test_old_log_probs_are_those_of_the_updates_own_calls(tmp_path, capfd):
 
 
 def test_without_the_guard_most_samples_would_be_clipped_before_anything_is_learnt(tmp_path):
-    trainer = fused(tmp_path / "run", ratio_check="off", clip_range=2e-5)
+    guided = replace(fused(tmp_path / "plain").sampling, guidance_scale=2.0)
+    trainer = fused(tmp_path / "run", ratio_check="off", clip_range=1e-4, sampling=guided)
     trainer.update(trainer.collect(0))
     assert trainer.state.seen[0]["clip_fraction"] > 0.5
 
