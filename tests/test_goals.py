@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import repeat_tests
 from scripts.goal_rows.measuring import Bench, Cases, Goal, Measured, read_report
+from scripts.goal_rows.rows import multi_process
 from scripts.goals import GOALS, Row, main, measure, table
 
 HELD = Measured("3 of 3 cases", True, 12.4)
@@ -115,6 +117,33 @@ def test_a_row_that_is_really_measured(tmp_path, capsys):
     assert "measuring sampler" in told.err
     assert main(asked) == 0
     assert "measuring" not in capsys.readouterr().err
+
+
+def kept_repeats(folder: Path, name: str, times: int, seconds: float, failed: int = 0, tests: int = 77) -> None:
+    """As repeat_tests.py and the table leave them."""
+    (folder / name).mkdir(parents=True)
+    line = f"{tests} passed, 215 deselected in {seconds}s"
+    made = [{"passed": number >= failed, "seconds": seconds, "line": line} for number in range(times)]
+    (folder / name / "repeats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
+    ended = {"code": int(failed > 0), "said": [], "seconds": times * seconds, "quick": False}
+    (folder / f"{name}.json").write_text(json.dumps(ended))
+
+
+@pytest.mark.parametrize(
+    ("tests", "seconds", "failed", "told"),
+    [
+        (77, 81.0, 0, (True, "77 in 81 s by themselves; 0 of 200 repeats with a failure")),
+        (77, 91.0, 0, (False, "77 in 91 s by themselves; 0 of 200 repeats with a failure")),
+        (59, 81.0, 0, (False, "59 in 81 s by themselves; 0 of 200 repeats with a failure")),
+        (77, 81.0, 1, (False, "77 in 81 s by themselves; 1 of 200 repeats with a failure")),
+    ],
+    ids=["met", "too slow", "too few", "a flake"],
+)
+def test_the_time_of_the_repeats_is_that_of_one_by_itself(tmp_path, tests, seconds, failed, told):
+    kept_repeats(tmp_path, "alone", 1, seconds, tests=tests)
+    kept_repeats(tmp_path, "repeats", 200, 150.0, failed)
+    found = multi_process(Bench(tmp_path))
+    assert (found.holds, found.figure) == told
 
 
 FLAKY = """
