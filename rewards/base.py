@@ -21,6 +21,8 @@ from flowalign.config.paths import OUTSIDE, names_code
 from flowalign.out_of_memory import ADVICE, CallSize
 from flowalign.records import Media, Prompts, Scores
 from rewards.card import Card as Card
+from rewards.joined import join_scores, spread
+from rewards.pixels import finite
 
 
 class Reward(ABC):
@@ -44,6 +46,9 @@ class Reward(ABC):
     def __call__(self, media: Media, prompts: Prompts, *, grad: bool = False, chunk: int | None = None) -> Scores:
         """Scores in float32, with their graph to the pixels if `grad`; what is not finite is not valid.
 
+        Media with a pixel that is not finite have no valid score. Without `grad` they are not shown to the reward, for
+        which they might be black pictures, and are no opponents of their group's others.
+
         Args:
             chunk: the most media scored at once, for what scores each on its own.
 
@@ -51,16 +56,25 @@ class Reward(ABC):
         is no gradient, and for samples of groups without their group's numbers.
         """
         self._check(media, prompts, grad)
+        whole = finite(media.pixels)
         with torch.set_grad_enabled(grad):
-            parts = self._parts(media, prompts, grad, chunk or len(media))
-        scores = join_scores(parts) if parts else Scores(torch.zeros(0), {}, torch.zeros(0, dtype=torch.bool))
+            if grad or whole.all() or not whole.any():
+                scores = self._chunked(media, prompts, grad, chunk)
+            else:
+                rows = whole.nonzero().flatten().tolist()
+                scores = spread(self._chunked(media.rows(rows), prompts.rows(rows), grad, chunk), rows, len(media))
         total = scores.total.float()
-        return replace(scores, total=total, valid=scores.valid & total.detach().isfinite())
+        valid = scores.valid & total.detach().isfinite() & whole.to(scores.valid.device)
+        return replace(scores, total=total, valid=valid)
 
     @cached_property
     def call_size(self) -> CallSize:
         """How many media are scored at once, once memory has run out."""
         return CallSize(f"scoring by {self.name}", ADVICE["reward"])
+
+    def _chunked(self, media: Media, prompts: Prompts, grad: bool, chunk: int | None) -> Scores:
+        parts = self._parts(media, prompts, grad, chunk or len(media))
+        return join_scores(parts) if parts else Scores(torch.zeros(0), {}, torch.zeros(0, dtype=torch.bool))
 
     def _parts(self, media: Media, prompts: Prompts, grad: bool, chunk: int) -> list[Scores]:
         count, alone = len(media), self.card.scope == "sample"
@@ -108,17 +122,6 @@ class Reward(ABC):
 
     def __neg__(self) -> Combination:
         return self * -1.0
-
-
-def join_scores(parts: Sequence[Scores]) -> Scores:
-    """Scores of several batches as one; their maps, which may differ in size, are left out."""
-    names = parts[0].parts
-    return Scores(
-        torch.cat([part.total for part in parts]),
-        {name: torch.cat([part.parts[name] for part in parts]) for name in names},
-        torch.cat([part.valid for part in parts]),
-        parts[0].maps if len(parts) == 1 else None,
-    )
 
 
 def joint_card(rewards: Sequence[Reward]) -> Card:
@@ -241,7 +244,8 @@ def _as_sum(reward: Reward) -> WeightedSum:
 class FunctionReward(Reward):
     """A callable `(media: Media, prompts: Prompts) -> one number per sample` as a reward.
 
-    The callable may return a tensor [b], a sequence of b numbers, or `Scores`. What is not finite is not valid.
+    The callable may return a tensor [b], a sequence of b numbers, or `Scores`. What is not finite, or None, is not
+    valid.
 
     Raises: ValueError where the callable returns something else, or another number of scores.
     """
@@ -260,6 +264,8 @@ class FunctionReward(Reward):
         return made
 
     def _checked(self, made: Any, count: int) -> Tensor:
+        if isinstance(made, list | tuple):
+            made = [math.nan if one is None else one for one in made]
         try:
             total = torch.as_tensor(made)
         except (TypeError, ValueError, RuntimeError) as error:

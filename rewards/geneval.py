@@ -7,7 +7,7 @@ The benchmark is GenEval (arXiv:2310.11513, Ghosh et al.); the graded reward is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from rewards.base import Reward
 from rewards.card import Card
 from rewards.clip import CLIPScore
 from rewards.mask2former import CONFIDENCE, NAMES, Box, Detection, Detector, Objects
-from rewards.pixels import finite, pictures, to_eight_bit
+from rewards.pixels import Preprocessing, finite, pictures, to_eight_bit
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -129,26 +129,31 @@ def correct(objects: Objects, spec: Spec, colors: Colors) -> bool:
     return few and all(found is not None for found in matched)
 
 
-def graded(objects: Objects, spec: Spec, colors: Colors) -> tuple[float, bool]:
+def graded(objects: Objects, spec: Spec, colors: Colors, half_credit: bool = True) -> tuple[float, bool]:
     """Flow-GRPO's reward, a mean of credits and at most 1, and whether all is right with the exact counts.
 
     Credits of a clause: 1 - |count - found| / count, which is negative for more than twice as many; then, if it has a
     colour or a position, one 0 where the count is wrong, else 1 - wrong / count of the colours, and, where those are
-    right, the position's. A wrong position has two credits in the authors' code, a 0 and a 1; without target, a 0.
+    right, the position's. A wrong position has two credits in the authors' code, a 0 and a 1, and without `half_credit`
+    a 0; so it has without target.
     `exclude` is not read: counts are exact.
     """
     credits: list[float] = []
     matched: list[list[Detection] | None] = []
     for clause in spec.include:
         found = objects.get(clause.name, [])
-        earned, good = _grade(clause, found, matched, colors)
+        earned, good = _grade(clause, found, matched, colors, half_credit)
         credits += earned
         matched.append(found if good else None)
     return sum(credits) / len(credits), all(found is not None for found in matched)
 
 
 def _grade(
-    clause: Clause, found: list[Detection], matched: Sequence[list[Detection] | None], colors: Colors
+    clause: Clause,
+    found: list[Detection],
+    matched: Sequence[list[Detection] | None],
+    colors: Colors,
+    half_credit: bool,
 ) -> tuple[list[float], bool]:
     credits = [1 - abs(clause.count - len(found)) / clause.count]
     if len(found) != clause.count:
@@ -165,7 +170,7 @@ def _grade(
     if target is None:
         return [*credits, 0.0], False
     if not placed(found, target, relation):
-        return [*credits, 0.0, 1.0], False
+        return [*credits, 0.0, *([1.0] * half_credit)], False
     return [*credits, 1.0], True
 
 
@@ -187,6 +192,7 @@ class GenEval(Reward):
         short_side: pixels of the shorter side in the detector; 800 as in GenEval.
         device: where the models stay; by default they follow the pictures.
         batch_size: pictures that pass through the detector at once.
+        half_credit: give a wrong position the two credits 0 and 1 of Flow-GRPO's code, not a 0 alone.
 
     Raises: ValueError where a model cannot be had or has other classes, for videos, and for a prompt without metadata.
     """
@@ -205,9 +211,12 @@ class GenEval(Reward):
         short_side: int = 800,
         device: str | None = None,
         batch_size: int = 4,
+        half_credit: bool = True,
     ) -> None:
         self.detector, self.clip = Detector(detector, short_side, batch_size), CLIPScore(clip)
-        self.device = device
+        assert isinstance(self.clip.prepare, Preprocessing)
+        self.clip.prepare = replace(self.clip.prepare, rounded=True)  # GenEval's open_clip crops by torchvision
+        self.device, self.half_credit = device, half_credit
 
     @torch.no_grad()
     def score(self, media: Media, prompts: Prompts) -> Scores:
@@ -230,7 +239,7 @@ class GenEval(Reward):
         def colors(name: str, count: int) -> list[str]:
             return classify_colors(self.clip, picture, objects[name][:count], name)
 
-        return *graded(objects, spec, colors), correct(objects, spec, colors)
+        return *graded(objects, spec, colors, self.half_credit), correct(objects, spec, colors)
 
 
 def classify_colors(

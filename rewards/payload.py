@@ -2,8 +2,8 @@
 
 The request is that of Flow-Factory's /compute, {"prompt": [text], "image": [png] or "video": [[png]],
 "condition_images": [[png]]} with base64, and adds "tensor": {"shape", "dtype", "data"} in place of image and video,
-"metadata", "groups", "fps" and "id". The answer is its {"rewards": [number]}, and adds "parts", "valid" and "id"; a
-number that could not be had is null.
+"metadata", "groups", "fps" and "id". The answer is its {"rewards": [number]}, and adds "parts", "valid", "id" and the
+reward's "scope"; a number that could not be had is null.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MAX_PIXELS = 128_000_000  # of all pictures of a request: 1.5 GB in float32
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 TYPES = {"float32": "<f4", "float16": "<f2", "uint8": "|u1"}
 MAX_PARTS, MAX_NAME = 256, 120
+SCOPES = ("sample", "group", "set")  # of a reward's card, from the narrowest on
 
 
 class Malformed(ValueError):
@@ -107,6 +108,9 @@ def decode_request(raw: bytes) -> Request:
         raise Malformed("fps must be a number up to 1000")
     if not isinstance(name, str) or len(name) > 64:
         raise Malformed("id must be a text of at most 64 characters")
+    beside = body.get("condition_videos")
+    if beside and (not isinstance(beside, list) or any(beside)):
+        raise Malformed("condition_videos are not taken: no reward here compares with videos that are sent along")
     references = _references(body.get("condition_images"), len(prompts))
     return Request(Media(pixels, None if fps is None else float(fps), references), prompts, name)
 
@@ -221,11 +225,12 @@ def _references(given: Any, count: int) -> tuple[Tensor, ...] | None:
     return tuple(_pictures(held, None, total) if held else torch.zeros(0, 3, 1, 1) for held in given)
 
 
-def encode_scores(scores: Scores, name: str) -> bytes:
-    """The body of an answer; what is not valid or not finite is null."""
+def encode_scores(scores: Scores, name: str, scope: str) -> bytes:
+    """The body of an answer, with the scope of the reward's card; what is not valid or not finite is null."""
     total, valid = scores.total.detach().float(), scores.valid & scores.total.detach().isfinite()
     answer = {
         "id": name,
+        "scope": scope,
         "rewards": _numbers(total.where(valid, torch.nan)),
         "valid": valid.tolist(),
         "parts": {part: _numbers(values.detach().float()) for part, values in scores.parts.items()},
@@ -237,12 +242,20 @@ def _numbers(values: Float[Tensor, " b"]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def decode_scores(answer: Any, count: int, name: str, id: str) -> Scores:
-    """Scores out of an answer to a request with this id. Raises: ValueError that says what is wrong with it."""
+def decode_scores(answer: Any, count: int, name: str, id: str, scope: str) -> Scores:
+    """Scores out of an answer to a request with this id, whose samples were chosen for rewards of this scope.
+
+    Raises: ValueError that says what is wrong with it.
+    """
     if not isinstance(answer, dict) or not isinstance(answer.get("rewards"), list):
         raise ValueError('its answer has no list "rewards"; is it a reward server?')
     if answer.get("id", id) != id:
         raise ValueError("its answer is that to another request")
+    served = answer.get("scope", scope)
+    if served in SCOPES and SCOPES.index(served) > SCOPES.index(scope):
+        raise ValueError(
+            f"its reward scores a whole {served}: give scope: {served}, so that samples are not torn apart"
+        )
     total = _read(answer["rewards"], count, "rewards")
     valid = answer.get("valid", [True] * count)
     if not isinstance(valid, list) or len(valid) != count or not all(isinstance(one, bool) for one in valid):

@@ -54,8 +54,8 @@ def pictures(media: Media, name: str) -> Float[Tensor, "b 3 h w"]:
     return media.pixels
 
 
-def finite(pixels: Float[Tensor, "b 3 h w"]) -> Bool[Tensor, " b"]:
-    """Which pictures have no nan and no infinity."""
+def finite(pixels: Float[Tensor, "b *frames 3 h w"]) -> Bool[Tensor, " b"]:
+    """Which pictures or videos have no nan and no infinity."""
     return torch.isfinite(pixels).flatten(1).all(1)
 
 
@@ -154,7 +154,7 @@ def normalise(pixels: Float[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequ
 class Preprocessing:
     """What CLIP-like models do to a picture: shortest side to `size`, the middle `crop` x `crop`, channels normalised.
 
-    Both sizes are in pixels.
+    Both sizes are in pixels. rounded: half a pixel of the margin is rounded as torchvision does, not as transformers.
     """
 
     size: int
@@ -162,7 +162,9 @@ class Preprocessing:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     kernel: Kernel = BICUBIC
+    rounded: bool = False
 
     def __call__(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 k k"]:
         """The network's input for pictures in [0, 1]; differentiable."""
-        return normalise(center_crop(resize_shortest(pixels, self.size, self.kernel), self.crop), self.mean, self.std)
+        cut = rounded_center_crop if self.rounded else center_crop
+        return normalise(cut(resize_shortest(pixels, self.size, self.kernel), self.crop), self.mean, self.std)

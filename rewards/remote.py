@@ -13,7 +13,8 @@ import torch
 
 from flowalign.distributed import rank
 from flowalign.records import Media, Prompts, Scores
-from rewards.base import Card, Reward, join_scores
+from rewards.base import Card, Reward
+from rewards.joined import join_scores
 from rewards.payload import Request, decode_scores, encode_request
 from rewards.wire import Address, address, ask, gather, read_secret, shown
 
@@ -98,7 +99,7 @@ class RemoteReward(Reward):
         finally:
             self._free.put(to)
         try:
-            return decode_scores(answer, len(index), self.name, name)
+            return decode_scores(answer, len(index), self.name, name, self.card.scope)
         except ValueError as error:
             raise ValueError(f"{to}: {error}") from error
 

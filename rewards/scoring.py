@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,10 @@ from flowalign.pictures import grid
 from flowalign.progress import Progress
 from flowalign.records import Media, Prompts, Scores
 from flowalign.tracking import json_lines, write_atomically
-from rewards.base import Reward, join_scores
+from rewards.base import Reward
+from rewards.joined import join_scores
 
+_log = logging.getLogger("flowalign")
 SHEET = 64  # pictures on the contact sheet: the best and the worst
 
 
@@ -54,7 +58,8 @@ def pair(files: Sequence[Path], prompts: Prompts | None) -> list[Item]:
     One prompt is for all files. Prompts with a "file" in their metadata go to the file of that name; else they go to
     the files in their order. Without prompts, a file's prompt is what stands in the .txt beside it.
 
-    Raises: ValueError for a file without a prompt, or another number of prompts than files.
+    Raises: ValueError for a file without a prompt, another number of prompts than files, and a "file" that two
+        prompts have, or only some.
     """
     if prompts is None:
         return [Item(path, _beside(path), {}) for path in files]
@@ -63,16 +68,29 @@ def pair(files: Sequence[Path], prompts: Prompts | None) -> list[Item]:
         rows *= len(files)
     elif all("file" in metadata for _, metadata in rows):
         named = {str(metadata["file"]): (text, metadata) for text, metadata in rows}
+        _check_names([str(metadata["file"]) for _, metadata in rows], {path.name for path in files})
         missing = [path for path in files if path.name not in named]
         if missing:
             raise ValueError(f'{missing[0]} has no line in the prompts: none has the "file" {missing[0].name!r}')
         rows = [named[path.name] for path in files]
+    elif any("file" in metadata for _, metadata in rows):
+        raise ValueError('some of the prompts have a "file" and some have none: give it to all or to none')
     if len(rows) != len(files):
         raise ValueError(
             f"{len(files)} files but {len(rows)} prompts: give one for all, one for each in the order of names, or "
             'JSON lines with "file" and "prompt"'
         )
     return [Item(path, text, metadata) for path, (text, metadata) in zip(files, rows, strict=True)]
+
+
+def _check_names(names: Sequence[str], files: set[str]) -> None:
+    """Tell of prompts whose file is not scored. Raises: ValueError where two prompts are for one file."""
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise ValueError(f'{len(twice)} files have two prompts or more, such as "file": {twice[0]!r}; give each one')
+    lone = [name for name in names if name not in files]
+    if lone:
+        _log.warning("%d prompts are of files that are not scored here, such as %r", len(lone), lone[0])
 
 
 def _beside(path: Path) -> str:

@@ -125,7 +125,7 @@ class Service:
             scores = self.reward(asked.media, asked.prompts)
             if not len(asked.media) == len(scores.valid) == len(scores.total):
                 raise RuntimeError(f"{len(scores)} scores for {len(asked.media)} media")
-            return 200, encode_scores(scores, asked.id)
+            return 200, encode_scores(scores, asked.id, self.reward.card.scope)
         except ValueError:  # of what was sent: another size, no metadata, videos for pictures
             _log.warning("%s: the reward refused a request", number, exc_info=True)
             return 422, _error(f"the reward refuses this input; the server's log says why, under {number}")

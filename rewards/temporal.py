@@ -24,8 +24,8 @@ from rewards.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocessing,
-    center_crop,
     normalise,
+    rounded_center_crop,
     straight_through,
     to_eight_bit,
 )
@@ -116,7 +116,7 @@ class BackgroundConsistency(FrameConsistency):
     """Whether the scene stays itself: `FrameConsistency` of a CLIP model's picture embedding; differentiable.
 
     Frames are resized to a shortest side of the model's size, bicubic and without antialiasing, and their middle is cut
-    out, with the sizes and constants that `CLIPScore` finds beside the model.
+    out as torchvision does, with the sizes and constants that `CLIPScore` finds beside the model.
 
     Args:
         model: a folder or hub id of a transformers CLIPModel with its tokenizer, or "shapes", the embedded one. VBench
@@ -149,7 +149,7 @@ class BackgroundConsistency(FrameConsistency):
 
     def embed(self, frames: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         resized = resize_plain(frames, self.prepare.size, "bicubic", self.exact)
-        given = normalise(center_crop(resized, self.prepare.crop), self.prepare.mean, self.prepare.std)
+        given = normalise(rounded_center_crop(resized, self.prepare.crop), self.prepare.mean, self.prepare.std)
         return self.model.get_image_features(pixel_values=given).pooler_output
 
 

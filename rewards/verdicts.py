@@ -93,8 +93,8 @@ def regex_score(pattern: str, low: float, high: float) -> Callable[[Answer], flo
         if not found:
             raise Unreadable("no score in it")
         try:
-            values = [float(group) for group in found[-1].groups()]
-        except (TypeError, ValueError) as error:
+            values = [float(group.rstrip(".")) for group in found[-1].groups()]  # a sentence may end there
+        except (AttributeError, ValueError) as error:
             raise Unreadable("what should be a score is no number") from error
         if not all(low <= value <= high for value in values):
             raise Unreadable(f"a score is not in [{low:g}, {high:g}]")
@@ -111,6 +111,9 @@ def yes_or_no(answer: Answer) -> float:
     return 1.0 if found[1].lower() == "yes" else -1.0
 
 
+AFFIRMED = r"(?!(?:not|never|no|hardly|barely|neither)\b)\w+"  # a word between "is" and "better" that does not deny it
+
+
 def pair_winner(answer: Answer) -> float:
     """1 where the answer says that image (or video) 1 is better, 0 for 2, and 0.5 for both or "equally good".
 
@@ -118,7 +121,7 @@ def pair_winner(answer: Answer) -> float:
     around it. Raises: Unreadable where it says neither, or both.
     """
     text = said(answer.text)
-    better = set(re.findall(r"\b(?:image|video) ([12]) (?:is|was) (?:\w+ )?better", text, re.IGNORECASE))
+    better = set(re.findall(rf"\b(?:image|video) ([12]) (?:is|was) (?:{AFFIRMED} )?better", text, re.IGNORECASE))
     equal = re.search(r"\b(?:equally good|tie|both (?:images|videos) are equal)", text, re.IGNORECASE)
     if len(better) > 1 or (not better and not equal):
         raise Unreadable("it names no winner" if not better else "it names both as winner")

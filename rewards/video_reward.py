@@ -32,7 +32,7 @@ PARTS = ("VQ", "MQ", "TA")
 MARKS = tuple(f"<|{part}_reward|>" for part in PARTS)
 MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)  # of VQ, MQ, TA (the checkpoint's model_config.json)
 LEAST, MOST = 4, 768  # frames
-TEMPLATE = """Qwen2VLScorer this generated video.
+TEMPLATE = """Score this generated video.
 
 How good each frame looks: <|VQ_reward|>
 END

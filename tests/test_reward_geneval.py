@@ -93,6 +93,7 @@ def test_positions_are_of_the_later_object_as_seen_from_the_earlier() -> None:
     assert both({"cat": [at(0, 0)], "dog": [at(50, 0)]}, wanted) == (1.0, True, True)
     # wrong: 1, 1, and then a 0 and a 1 as in the authors' code
     assert both({"cat": [at(50, 0)], "dog": [at(0, 0)]}, wanted) == (0.75, False, False)
+    assert graded({"cat": [at(50, 0)], "dog": [at(0, 0)]}, wanted, no_colors, False)[0] == pytest.approx(2 / 3)
     # no dog: 0, 1, 0
     soft, strict, benchmark = both({"cat": [at(0, 0)]}, wanted)
     assert (soft, strict, benchmark) == (pytest.approx(1 / 3), False, False)

@@ -80,7 +80,7 @@ def test_regex_score() -> None:
             score(Answer(text))
     three = regex_score(THREE_SCORES, 1, 5)
     text = "Alignment Score (1-5): 2.5\n\nCoherence Score (1-5): 3\nStyle Score (1-5): 5"
-    assert three(Answer(text)) == pytest.approx(3.5)
+    assert three(Answer(text)) == three(Answer(f"{text}.")) == pytest.approx(3.5)
     for pattern, low, high in (("(", 1, 5), ("no group", 1, 5), ("(x)", 5, 1)):
         with pytest.raises(ValueError, match="pattern"):
             regex_score(pattern, low, high)
@@ -95,6 +95,7 @@ def test_regex_score() -> None:
         ("<think>Image 1 is better at first</think><answer>Image 2 is better</answer>", 0.0),
         ("<think>Image 2 is better</think> Image 1 is better", 1.0),
         ("Both images are equally good", 0.5),
+        ("Image 1 is not better than Image 2; Image 2 is clearly better.", 0.0),
     ],
 )
 def test_pair_winner(text: str, expected: float) -> None:
@@ -102,7 +103,16 @@ def test_pair_winner(text: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Image 1", "Image 3 is better", "Image 1 is better. Image 2 is better.", "<think>Image 1 is better"]
+    "text",
+    [
+        "",
+        "Image 1",
+        "Image 2 is never better",
+        "Image 1 is not better than Image 2.",
+        "Image 3 is better",
+        "Image 1 is better. Image 2 is better.",
+        "<think>Image 1 is better",
+    ],
 )
 def test_no_winner(text: str) -> None:
     with pytest.raises(Unreadable):
@@ -350,6 +360,18 @@ def test_pairs_that_cannot_be_read_are_left_out() -> None:
     assert scores.total[1:].tolist() == [0.0, 0.5, 1.0]
     assert len(judge.failures) == 6
     assert alone.valid.tolist() == [False], "one picture wins against none"
+
+
+def test_a_broken_picture_is_not_asked_about_and_no_opponent() -> None:
+    """As black it would be the darkest, against which all the others win."""
+    media = grey(4)
+    pixels = media.pixels.clone()
+    pixels[1, 0, 0, 0] = math.nan
+    with served(answering(brighter)) as (url, seen):
+        scores = PairJudge(Endpoint(url, "m"), "Which? {prompt}")(Media(pixels), prompts(4, 0, 0, 0, 0))
+    assert scores.valid.tolist() == [True, False, True, True]
+    assert scores.total[[0, 2, 3]].tolist() == [0.0, 0.5, 1.0]
+    assert len(seen) == 3 * 2
 
 
 def test_fewer_opponents() -> None:

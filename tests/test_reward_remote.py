@@ -418,6 +418,27 @@ def test_secrets(tmp_path: Path) -> None:
         RemoteReward("http://h", str(tmp_path / "none"))
 
 
+def test_a_broken_picture_is_not_sent() -> None:
+    """A PNG has no nan: the server would see black."""
+    media, prompts = batch(3)
+    pixels = media.pixels.clone()
+    pixels[0, 0, 0, 0] = torch.nan
+    with served(honest) as (url, seen):
+        scores = RemoteReward(url)(Media(pixels), prompts)
+        whole = RemoteReward(url)(media, prompts)
+    assert scores.valid.tolist() == [False, True, True]
+    assert torch.equal(scores.total[1:], whole.total[1:])
+    assert len(seen[0]["body"]["image"]) == 2
+
+
+def test_a_served_reward_of_groups_is_not_asked_by_samples() -> None:
+    body = {"rewards": [1.0, 2.0], "scope": "group"}
+    with served(answers(200, body)) as (url, _):
+        assert RemoteReward(url, scope="set")(*batch(2)).total.tolist() == [1.0, 2.0]
+        with pytest.raises(ValueError, match="its reward scores a whole group: give scope: group"):
+            RemoteReward(url)(*batch(2))
+
+
 def test_requests_come_through_whole() -> None:
     """Everything that media and prompts carry; PNGs to half a level, raw tensors to the bit."""
     videos = torch.rand(2, 3, 3, 5, 7)

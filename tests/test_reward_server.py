@@ -289,6 +289,8 @@ MALFORMED: list[tuple[str, bytes | dict[str, Any], str]] = [
     ("fps", GOOD | {"fps": -1}, "fps must be"),
     ("id", GOOD | {"id": "x" * 65}, "id must be"),
     ("references", GOOD | {"condition_images": [["x"]]}, "an entry for each of 2"),
+    ("condition videos", GOOD | {"condition_videos": [["x"], None]}, "condition_videos are not taken"),
+    ("condition number", GOOD | {"condition_videos": 7}, "condition_videos are not taken"),
 ]
 
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,29 @@ def test_chunks_and_order_change_nothing(chunk: int) -> None:
 def test_what_is_not_finite_is_not_valid_and_stays_so_in_sums() -> None:
     scores = (Redness(broken=1) * 2 + 1)(*several(3))
     assert scores.valid.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_media_that_are_not_finite_have_no_score_and_are_not_shown(bad: float) -> None:
+    """A reward that paints nan black, as a PNG does, would score it. Without gradient it sees the others alone."""
+    media, prompts = several(4)
+    pixels = media.pixels.detach().clone()
+    pixels[1, 2, 3, 0] = bad
+    broken, reward = replace(media, pixels=pixels), Redness()
+    whole, scores = reward(media, prompts), (reward * 2 + 1)(broken, prompts)
+    assert scores.valid.tolist() == [True, False, True, True]
+    assert torch.equal(scores.total[[0, 2, 3]], 2 * whole.total[[0, 2, 3]] + 1)
+    assert scores.total[1].isnan()
+    assert scores.parts["redness"][1].isnan()
+    assert reward.seen == [4, 3]
+    assert reward(broken.rows([1]), prompts.rows([1])).valid.tolist() == [False]
+    assert reward(broken, prompts, grad=True).valid.tolist() == [True, False, True, True]
+
+
+def test_none_is_no_score() -> None:
+    scores = as_reward(lambda media, prompts: [None, 0.5])(media(), PROMPTS)
+    assert scores.valid.tolist() == [False, True]
+    assert scores.total[1] == 0.5
 
 
 @pytest.mark.parametrize(

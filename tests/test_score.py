@@ -107,6 +107,21 @@ def test_a_number_of_prompts_that_does_not_fit(folder, capsys):
     assert "4 files but 2 prompts: give one for all" in capsys.readouterr().err
 
 
+def test_prompts_by_file_are_each_used_once_or_counted(folder, capsys, caplog):
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    given = folder / "given.jsonl"
+
+    def told(*rows: str) -> tuple[int, str]:
+        given.write_text("\n".join(rows))
+        return score(folder, "rewards.JPEGCompressibility", "--prompts", str(given)), capsys.readouterr().err
+
+    assert told(*lines, lines[0])[0] == 2
+    assert "1 files have two prompts or more, such as \"file\": '3.png'" in told(*lines, lines[0])[1]
+    assert 'some of the prompts have a "file"' in told(*lines[1:], '{"prompt": "a"}')[1]
+    assert told(*lines, '{"prompt": "a", "file": "9.png"}')[0] == 0
+    assert "1 prompts are of files that are not scored here, such as '9.png'" in caplog.text
+
+
 def test_videos_are_read_with_their_rate(tmp_path):
     pytest.importorskip("av")
     import av

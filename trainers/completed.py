@@ -16,7 +16,8 @@ from flowalign.records import Prompts, PromptSet, Scores, Trajectory
 from flowalign.rollout import Policy
 from flowalign.schedules import Path
 from flowalign.transitions import TableSDE
-from rewards.base import Reward, join_scores
+from rewards.base import Reward
+from rewards.joined import join_scores
 from rewards.terms import PREFIX as TERM
 from trainers.batch import Sampling, rows_of_step
 from trainers.collection import Collection, Draw, Epoch

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowalign.distributed import gather_text, largest, sum_over_data, world_size
 from flowalign.records import Scores
-from rewards.base import join_scores
+from rewards.joined import join_scores
 
 
 def gather_scores(parts: Sequence[Scores], at: Sequence[int], total: int) -> Scores:

@@ -20,7 +20,7 @@ from flowalign.distributed import data_rank, data_size, share
 from flowalign.media import shown
 from flowalign.randomness import keyed_globals
 from flowalign.records import Condition, Maps, Prompts, Scores
-from rewards.base import join_scores
+from rewards.joined import join_scores
 from trainers.batch import detached, parts_of
 from trainers.collection import Epoch
 from trainers.gathering import gather_scores

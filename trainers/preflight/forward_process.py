@@ -18,7 +18,7 @@ from flowalign.pictures import to_bytes
 from flowalign.randomness import key_generator
 from flowalign.records import Scores
 from flowalign.videos import stills
-from rewards.base import join_scores
+from rewards.joined import join_scores
 from trainers.batch import Batch, no_steps, parts_of
 from trainers.collection import Epoch
 from trainers.forward_source import StoredPairs

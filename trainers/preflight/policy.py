@@ -13,7 +13,7 @@ import torch
 from flowalign.accounting import Rows
 from flowalign.distributed import share
 from flowalign.report.formats import percent
-from rewards.base import join_scores
+from rewards.joined import join_scores
 from trainers.batch import Batch, Bucket, join_steps_of, no_steps, rows_of_step
 from trainers.collection import Epoch
 from trainers.preflight import policy_findings as findings
