@@ -442,6 +442,61 @@ def test_code_from_outside_runs_only_where_it_is_allowed(name, tmp_path, monkeyp
     sys.modules.pop("evil", None)
 
 
+ASKING_FOR_IT = {
+    "score": "{class: rewards.server.make_reward, named: {class: evil.Evil}, allow_code: true}",
+    "serve": "{class: rewards.server.read_reward, text: evil.yaml, allow_code: true}",
+    "sample": "{class: flowalign.sample.read_prompts, text: '{class: evil.prompts}', allow_code: true}",
+}
+
+
+@pytest.mark.parametrize("command", ASKING_FOR_IT)
+def test_no_config_allows_code_itself(command, tmp_path, monkeypatch, capsys):
+    """Functions of ours that ask whether code is allowed are not told so by the config that names them."""
+    marker, out = tmp_path / "marker", ["--out", tmp_path / "out"]
+    (tmp_path / "evil.py").write_text(evil(marker))
+    (tmp_path / "evil.yaml").write_text("class: evil.Evil\n")
+    (tmp_path / "c.yaml").write_text(f"reward: {ASKING_FOR_IT[command]}\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = {
+        "score": [ASKING_FOR_IT["score"], "--media", tmp_path / "a.png", "--prompt", "a", *out],
+        "serve": [tmp_path / "c.yaml"],
+        "sample": ["shapes", "--prompts", ASKING_FOR_IT["sample"], *out],
+    }[command]
+    assert "'allow_code' is no key of a config: give --allow-code on the command line" in refused(
+        capsys, command, *words
+    )
+    assert not marker.exists()
+
+
+def test_code_is_allowed_by_no_default():
+    """Whatever asks whether code is allowed has to be told so."""
+    asking = 0
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                named = [*node.args.posonlyargs, *node.args.args]
+                pairs = [*zip(named[::-1], node.args.defaults[::-1], strict=False)]
+                pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+                asking += any(one.arg == "allow_code" for one in (*named, *node.args.kwonlyargs))
+                assert all(ast.unparse(default or ast.Constant(False)) == "False" for one, default in pairs
+                           if one.arg == "allow_code"), path  # fmt: skip
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "allow_code" and node.value:
+                assert ast.unparse(node.value) == "False", path
+    assert asking > 10
+
+
+def test_a_config_calls_nothing_for_its_effects(tmp_path, capsys):
+    """A function that returns nothing is no value, not even where there may be none."""
+    held = tmp_path / "config.json"
+    held.write_text('{"_name_or_path": "x"}')
+    named = f"{{class: flowalign.publishing.scrub, folder: {tmp_path}}}"
+    said = refused(capsys, "train", "flow_grpo/shapes", "--folder", tmp_path / "run", "--model.lora", named)
+    assert "flowalign.publishing.scrub returns null and is no" in said
+    assert held.read_text() == '{"_name_or_path": "x"}'
+
+
 # --- secrets
 
 CANARIES = {

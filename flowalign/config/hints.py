@@ -202,7 +202,7 @@ def _object(value: Any, hint: Any, at: Place) -> Call | Name:
     if bare and (_asks_for_class(found, hint) or (not isinstance(found, type) and fits(types.FunctionType, hint))):
         return Name(path, found)
     product = found if isinstance(found, type) else type_hints(found, at).get("return", object)
-    if not fits(product, hint):
+    if product is types.NoneType or not fits(product, hint):  # what returns nothing is there for its effects
         what = "" if isinstance(found, type) else f" returns {label(product)} and"
         raise at.error(f"{path}{what} is no {label(hint)}")
     if inspect.isabstract(found):
@@ -219,6 +219,8 @@ def _asks_for_class(found: Any, hint: Any) -> bool:
 
 def _call(target: Callable[..., Any], path: str, mapping: Mapping[str, Any], at: Place) -> Call:
     known, short = parameters(target, at), target.__qualname__
+    if "allow_code" in mapping and not at.allow_code:
+        raise at.error("'allow_code' is no key of a config: give --allow-code on the command line")
     for name in mapping:
         if name not in known:
             hint = suggest(str(name), known) or f"; its keys are {', '.join(known) or 'none'}"
