@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowalign.lora_files import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, adapter_settings, read_lora
 from flowalign.sharding import plain_class
+from flowalign.user_errors import written_to
 
 POLICY = "policy"
 START = "start"
@@ -251,11 +252,13 @@ def save_policy(pipeline: Any, network: nn.Module, folder: Path, network_name: s
     layers = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     if _by_pipeline(pipeline, network):
         told = {f"{network_name}_lora_layers": layers, f"{network_name}_lora_adapter_metadata": settings}
-        pipeline.save_lora_weights(str(folder), **told)  # metadata in one order: equal policies are equal files
+        with written_to(folder):
+            pipeline.save_lora_weights(str(folder), **told)  # metadata in one order: equal policies are equal files
     else:
         named = {PEFT_PREFIX + name: value for name, value in layers.items()}
         settings["auto_mapping"] = {  # as peft itself tells what a LoRA is of
             "base_model_class": plain_class(network).__name__, "parent_library": plain_class(network).__module__,
         }  # fmt: skip
-        save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+        with written_to(folder / PEFT_WEIGHTS):
+            save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from flowalign import __version__, shards
 from flowalign.distributed import on_main, rank, together, world_size
+from flowalign.user_errors import written_to
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -67,7 +68,13 @@ def unpack(data: Any, tensors: Mapping[str, Tensor]) -> Tree:
 
 
 def save(
-    folder: Path, name: str, shared: Tree, own: Tree, extra: Callable[[Path], None], keep: Callable[[], set[str]]
+    folder: Path,
+    name: str,
+    shared: Tree,
+    own: Tree,
+    extra: Callable[[Path], None],
+    keep: Callable[[], set[str]],
+    anew: bool = False,
 ) -> Path:
     """Write the checkpoint `name` into the folder, together with all processes; returns its path.
 
@@ -75,6 +82,7 @@ def save(
         shared: what is the same on every process. own: what only this one has; empty for nothing.
         extra: writes further files into a folder, on the first process.
         keep: the names that stay, asked for once the new one is in place; all others go.
+        anew: whether a good one of this name, if any, is of another state, and has to go.
 
     Raises: OSError on every process where one cannot write; what was there before is untouched then.
     """
@@ -85,7 +93,7 @@ def save(
         _write(making, shared, "state")
         extra(making)
         _seal(making)
-        if path.exists() and verify(path) is not None:
+        if path.exists() and (anew or verify(path) is not None):
             _discard(path)
         if not path.exists():  # else it has the same state: a name is one place in a run
             making.rename(path)
@@ -136,8 +144,11 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Raises: ValueError for one that a newer FlowAlign wrote."""
+def verify(path: Path, within: str = "") -> str | None:
+    """What is wrong with a checkpoint, or with one folder in it; None if nothing.
+
+    Raises: ValueError for one that a newer FlowAlign wrote.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         written, files = manifest["format"], dict(manifest["files"])
@@ -148,13 +159,19 @@ def verify(path: Path) -> str | None:
             )
         if written != FORMAT or "state.json" not in files or "state.safetensors" not in files:
             return f"{MANIFEST} is altered"
+        stems = {name.rpartition(".")[0] for name in files if "/" not in name}
+        lacking = {f"{stem}.{kind}" for stem in stems for kind in ("json", "safetensors")} - files.keys()
+        if lacking:
+            return f"{min(lacking)}: was not written"
         for name, known in sorted(files.items()):
+            if not name.startswith(f"{within}/" if within else ""):
+                continue
             problem = _compare(path / name, known["bytes"], known["sha256"])
             if problem is not None:
                 return f"{name}: {problem}"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, NewerFormat):
             raise
         return f"{MANIFEST} is cut short or altered"
@@ -223,11 +240,9 @@ def _write_own(folder: Path, own: Tree, held: Mapping[str, tuple[Tensor, int]]) 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file. Raises: OSError, on a full disk too, where safetensors has an error of its own."""
-    try:
+    """A safetensors file. Raises: OSError"""
+    with written_to(path):
         save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _seal(making: Path) -> None:

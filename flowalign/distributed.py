@@ -234,7 +234,7 @@ def agree(error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    told = gather_text("" if error is None else f"{error or type(error).__name__}")
+    told = gather_text("" if error is None else str(error) or type(error).__name__)
     if error is not None:
         raise error
     for number, text in enumerate(told):

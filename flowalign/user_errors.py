@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
 
 from flowalign import determinism
 from flowalign.out_of_memory import OTHERWISE, out_of_memory
@@ -28,3 +32,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """Around what writes safetensors files, which has an error of its own for a full disk. Raises: OSError then."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowalign.distributed import rank
 from flowalign.sharding import Shard, plain_class, shard
 from flowalign.shards import is_sharded, own_rows, whole_tensor
+from flowalign.user_errors import written_to
 
 NETWORKS = ("transformer", "unet", "controlnet")  # as pipelines name them
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # diffusers' own names
@@ -135,7 +135,5 @@ def write_network(network: Any, weights: Mapping[str, Tensor], folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(network.to_json_string()) | {"_class_name": plain_class(network).__name__}
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    try:
+    with written_to(folder / WEIGHTS):
         save_file(dict(weights), folder / WEIGHTS, {"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error

@@ -19,8 +19,13 @@ import pytest
 import torch
 
 from flowalign import checkpoint
+from flowalign.distributed import LostProcess
+from flowalign.tracking import Run
 from tests import processes
+from tests.interrupted import state_of
 from tests.jobs import job
+from trainers import Checkpoints
+from trainers.keeper import Keeper
 
 TREE = {
     "epoch": 3,
@@ -96,6 +101,18 @@ def rewrite(key: str, value: Any) -> Callable[[Path], None]:
     return damage
 
 
+def forget(name: str) -> Callable[[Path], None]:
+    """As if a file had never been there when the manifest was made."""
+
+    def damage(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["files"][name]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / name).unlink()
+
+    return damage
+
+
 CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "policy cut short": (cut("state.safetensors", 0.7), r"state.safetensors: \d+ bytes, the manifest says \d+"),
     "policy with one bit flipped": (change("state.safetensors", 0.9), "state.safetensors: its contents have changed"),
@@ -110,6 +127,11 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest cut short": (cut("manifest.json", 0.5), "manifest.json is cut short or altered"),
     "manifest without the policy": (rewrite("files", {}), "manifest.json is altered"),
     "manifest of another shape": (rewrite("files", [1, 2]), "manifest.json is cut short or altered"),
+    "manifest of a deep nest": (
+        lambda path: (path / "manifest.json").write_text("[" * 200_000),
+        "manifest.json is cut short or altered",
+    ),
+    "rollouts never written": (forget("process-0.safetensors"), "process-0.safetensors: was not written"),
     "manifest of an older format": (rewrite("format", 0), "manifest.json is altered"),
 }
 
@@ -216,6 +238,62 @@ def test_a_write_that_fails_leaves_the_last_one_and_no_rubbish(tmp_path, monkeyp
         save(tmp_path, 2)
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
     assert checkpoint.newest(tmp_path) == (path, [])
+
+
+def test_a_writer_that_fails_without_a_word_is_heard(tmp_path):
+    """A MemoryError has no text; what the other process has written is no checkpoint."""
+
+    def work(rank: int) -> str:
+        if rank == 1:
+            checkpoint.write_tensors = no_memory  # of this process alone: it is a fork
+        try:
+            save(tmp_path, 1)
+        except (MemoryError, LostProcess) as error:
+            return f"{type(error).__name__}: {error}"
+        return "saved"
+
+    assert processes.run(2, tmp_path, work) == ["LostProcess: process 1: MemoryError", "MemoryError: "]
+    assert checkpoint.newest(tmp_path) == (None, [])
+
+
+def no_memory(path: Path, tensors: Any) -> None:
+    raise MemoryError
+
+
+def best_of(folder: Path) -> Path:
+    """Its best checkpoint, whose policy has been damaged since."""
+    state = state_of(folder)
+    path = folder / "checkpoints" / state.best_checkpoint
+    (weights,) = (path / "lora").glob("*.safetensors")
+    change(f"lora/{weights.name}", 0.9)(path)
+    return path
+
+
+def test_a_damaged_best_policy_is_not_published(stopped, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    best, before = best_of(folder), digest_of(folder / "lora")
+    assert best.name != checkpoint.names(folder / "checkpoints")[-1]
+    job(folder, epochs=2).train(resume=True, report=False)  # which has nothing left to do
+    told = capsys.readouterr().err
+    assert f"flowalign: {best}: lora/" in told
+    assert f"its contents have changed (SHA-256 differs); {folder / 'lora'} is not made of it" in told
+    assert digest_of(folder / "lora") == before
+
+
+def digest_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_damaged_best_checkpoint_is_not_rolled_back_to(stopped, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    best, trainer = best_of(folder), job(folder, epochs=3)
+    trainer.state = state_of(folder)
+    before = trainer.state.policy
+    with pytest.raises(ValueError, match=f"{best} cannot be rolled back to: lora/.*its contents have changed"):
+        Keeper(trainer, Run(folder, resume=True), None, Checkpoints()).roll_back()
+    assert trainer.state.policy is before
 
 
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="a small disk needs root")

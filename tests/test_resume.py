@@ -270,6 +270,26 @@ def test_settings_that_change_amid_the_rollouts_make_them_anew(tmp_path):
     assert [row["step"] for row in rows(folder) if "reward" in row] == [1, 2, 3]
 
 
+def test_a_stop_after_settings_have_changed_saves_what_it_has(tmp_path):
+    """At the same place as the stop before, whose checkpoint holds other settings and rollouts."""
+    folder = tmp_path / "run"
+    first = dying(functools.partial(told, folder), "rollout", 2, 0, signal.SIGTERM)
+    (before,) = processes.run(1, tmp_path, first)
+
+    def again(rank: int) -> str:
+        try:
+            smaller(folder).train(resume=True, report=False, allow_change=["sampling"])
+        except Stopped as error:
+            return str(error)
+        return ""
+
+    (after,) = processes.run(1, tmp_path, dying(again, "rollout", 2, 0, signal.SIGTERM))
+    assert before == after, "one name for one place in a run"
+    smaller(folder).train(resume=True, report=False)  # the settings are those saved
+    smaller(tmp_path / "unbroken").train(report=False)
+    assert digest(folder) == digest(tmp_path / "unbroken")
+
+
 def test_settings_cannot_change_between_two_steps_of_an_epoch(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     other = hard(tmp_path / "run")

@@ -267,7 +267,7 @@ class Trainer(ABC):
         for normaliser in self.normalisers.values():
             normaliser.update(worked.scores)
         needed = self.needed(self.epoch_of(self.state.epoch, self.state.rounds))
-        metrics = worked.metrics | keeper.costs(needed)
+        metrics = worked.metrics | self.state.costs(needed)
         self.state.epoch += 1
         self.state.part, self.state.buffer, self.state.seen, self.state.rounds = 0, {}, [], []
         self.state.rows, self.state.seconds = Rows(), {}

@@ -64,7 +64,8 @@ class Keeper:
         self.folder = run.folder / "checkpoints"
         self.facts = facts(trainer, config)  # once: a file of prompts is read for it
         self.progress = Progress(trainer.epochs)
-        self._broken: set[str] = set()
+        self._broken: set[str] = set()  # and those of settings that have been changed
+        self._published = ""
         self._place: tuple[int, int] | None = None  # of the last save
         self._saved = time.monotonic()
 
@@ -116,8 +117,11 @@ class Keeper:
             state.logs, state.clock = self.run.written(), self.run.seconds
             shared, own = state.trees(is_first())
             name, shared = self.name(), shared | {"facts": self.facts}
+            anew = name in self._broken
             self._broken.discard(name)
-            path = checkpoint.save(self.folder, name, shared, own, self._policy_writer(), self._kept)
+            if anew:
+                self._published = ""
+            path = checkpoint.save(self.folder, name, shared, own, self._policy_writer(), self._kept, anew)
         self._saved, self._place = time.monotonic(), (state.epoch, state.part)
         on_main(self._publish)
         return path
@@ -148,16 +152,22 @@ class Keeper:
         return f"{name}-calibration-{calibrated:06d}" if calibrated else name
 
     def _kept(self) -> set[str]:
-        good = [name for name in checkpoint.names(self.folder) if name not in self._broken]
-        return {*good[-self.settings.keep :], self.trainer.state.best_checkpoint}
+        return {*self._good()[-self.settings.keep :], self.trainer.state.best_checkpoint}
+
+    def _good(self) -> list[str]:
+        return [name for name in checkpoint.names(self.folder) if name not in self._broken]
 
     def _publish(self) -> None:
-        """Leave the best policy, or the newest where none is evaluated, in the run's folder."""
-        there = checkpoint.names(self.folder)
-        name = self.trainer.state.best_checkpoint or (there[-1] if there else None)
-        if name not in there:
+        """Leave the best policy, or the newest where none is evaluated, in the run's folder, if it is whole."""
+        good, own = self._good(), self.trainer.model.policy_folder
+        name = self.trainer.state.best_checkpoint or (good[-1] if good else "")
+        if name == self._published or name not in checkpoint.names(self.folder):
             return
-        own = self.trainer.model.policy_folder
+        self._published = name
+        problem = checkpoint.verify(self.folder / name, own)
+        if problem is not None:
+            self.tell("skip", f"{self.folder / name}: {problem}; {self.run.folder / own} is not made of it")
+            return
         (self.run.folder / own).mkdir(exist_ok=True)
         for file in (self.folder / name / own).iterdir():
             write_atomically(self.run.folder / own / file.name, file.read_bytes())
@@ -231,6 +241,9 @@ class Keeper:
                 normaliser.load_state_dict(state.normalisers[name])
         self.run.rewind(state.logs, state.clock)
         self._saved, self._place = time.monotonic(), (state.epoch, state.part)
+        if names:
+            first = self.name()
+            self._broken |= {name for name in checkpoint.names(self.folder) if name >= first}
         on_main(self._publish)
         if state.epoch >= trainer.epochs and not state.part:
             self.tell("resume", f"{self.run.folder} has finished its {trainer.epochs} epochs; more --epochs go on")
@@ -245,7 +258,10 @@ class Keeper:
         Raises: ValueError where that checkpoint cannot be read.
         """
         trainer, state = self.trainer, self.trainer.state
-        shared, _ = checkpoint.load(self.folder / state.best_checkpoint)
+        path = self.folder / state.best_checkpoint
+        if problem := checkpoint.verify(path):
+            raise ValueError(f"{path} cannot be rolled back to: {problem}")
+        shared, _ = checkpoint.load(path)
         shared = trainer.optimizer.placed(shared)
         for name in UPDATED:
             setattr(state, name, shared[name])
@@ -273,17 +289,3 @@ class Keeper:
         if largest([missing])[0]:  # of the first process's view of the disk
             self.save()
         self.run.note("finish", f"{self.trainer.state.epoch} epochs")
-
-    def costs(self, needed: Rows) -> dict[str, float]:
-        """The epoch's network rows over all processes, the fewest possible, and seconds of the first by phase."""
-        state = self.trainer.state
-        spent = torch.tensor([state.rows.forward, state.rows.gradient])
-        sum_over_data([spent])
-        seconds = {f"time/{name}": round(value, 4) for name, value in sorted(state.seconds.items())}
-        return {
-            "rows/forward": int(spent[0]),
-            "rows/gradient": int(spent[1]),
-            "floor/forward": needed.forward,
-            "floor/gradient": needed.gradient,
-            **seconds,
-        }

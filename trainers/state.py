@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.accounting import Meter, Rows
+from flowalign.distributed import sum_over_data
 from flowalign.records import Interval, Scores, Step
 
 
@@ -70,6 +71,19 @@ class State:
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         own = {"rows": held.pop("rows"), "buffer": held.pop("buffer")}
         return held, own if told else {"rows": Rows(), "buffer": {}}
+
+    def costs(self, needed: Rows) -> dict[str, float]:
+        """The epoch's network rows over all processes, the fewest possible, and seconds of the first by phase."""
+        spent = torch.tensor([self.rows.forward, self.rows.gradient])
+        sum_over_data([spent])
+        seconds = {f"time/{name}": round(value, 4) for name, value in sorted(self.seconds.items())}
+        return {
+            "rows/forward": int(spent[0]),
+            "rows/gradient": int(spent[1]),
+            "floor/forward": needed.forward,
+            "floor/gradient": needed.gradient,
+            **seconds,
+        }
 
     def spend(self, meter: Meter) -> None:
         """Take over what the meter has counted since the last time."""

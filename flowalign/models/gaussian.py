@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowalign.models.base import Model
 from flowalign.records import Condition
 from flowalign.schedules import flow_match_euler
+from flowalign.user_errors import written_to
 
 
 class GaussianModel(Model):
@@ -96,4 +97,6 @@ class GaussianModel(Model):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach() for name, value in self.trainable().items()}, folder / "policy.safetensors")
+        path = folder / "policy.safetensors"
+        with written_to(path):
+            save_file({name: value.detach() for name, value in self.trainable().items()}, path)
