@@ -18,6 +18,7 @@ import pytest
 
 from flowalign.checkpoint import names
 from flowalign.cli import main
+from tests.jobs import job
 from tests.test_train import SHORT
 
 TINY = [word for word in SHORT if not word.startswith(("--epochs", "--evaluation.every", "--prompts"))]
@@ -257,3 +258,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert last.startswith("flowalign: stopped by SIGINT; all is saved in ")
     assert last.endswith("; run the same command again to go on")
     assert names(tmp_path / "run" / "checkpoints")
+
+
+def test_prompts_that_are_cut_off_are_counted_and_told(tmp_path, capsys):
+    """The tiny encoder reads 40 tokens, of a byte each; right-to-left letters and emoji pass as any others."""
+    long = ["\U0001f984 a unicorn" * 5, "\u05e9\u05dc\u05d5\u05dd" * 20, "x" * 100_000]
+    job(tmp_path / "run", prompts=["a red circle", *long], epochs=1).train(report=False)
+    said = "3 prompts are longer than the 40 tokens that the text encoders read, and the rest of them is not seen"
+    assert f"flowalign: {said}" in capsys.readouterr().err
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [row["detail"].startswith(said) for row in events if row["event"] == "prompts"] == [True]

@@ -36,6 +36,7 @@ from trainers.collection import Collection, Epoch
 from trainers.evaluated import due, evaluate
 from trainers.evaluation import Asked, Evaluation, Evaluator
 from trainers.keeper import Checkpoints, Keeper
+from trainers.long_prompts import long_prompts
 from trainers.named_files import LOOKED_AT
 from trainers.optim import Optimizer, PolicyOptimizer
 from trainers.overlap import fill
@@ -228,7 +229,7 @@ class Trainer(ABC):
             keeper = Keeper(self, run, config, self.checkpoints)
             keeper.resume(allow_change)
             run.note("start", f"epoch {self.state.epoch} of {self.epochs} on {world_size()} processes")
-            on_main(self._remark)
+            on_main(lambda: self._remark(keeper))
             self.evaluator.encode()
             self.prepare(run, keeper)
             while True:
@@ -246,7 +247,9 @@ class Trainer(ABC):
             on_main(self._report)
         return self.folder
 
-    def _remark(self) -> None:
+    def _remark(self, keeper: Keeper) -> None:
+        if long := long_prompts(self):
+            keeper.tell("prompts", long)
         for line in self.remarks():
             print(f"flowalign: {line}", file=sys.stderr, flush=True)
 

@@ -16,7 +16,8 @@ import torch
 from flowalign import checkpoint
 from flowalign.pictures import to_bytes, zipped
 from flowalign.videos import mp4
-from trainers.preflight.geometry import GLANCED_AT, Geometry
+from trainers.long_prompts import GLANCED_AT
+from trainers.preflight.geometry import Geometry
 from trainers.preflight.trial import Encoding, Judging, Learning, Rollouts
 from trainers.state import State
 

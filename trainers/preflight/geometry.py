@@ -17,7 +17,6 @@ from trainers.collection import Epoch
 if TYPE_CHECKING:
     from trainers.base import Trainer
 
-GLANCED_AT = 10_000  # prompts of a large set whose text is looked at
 LOOKED_AT = 100  # epochs: a plan may draw other steps in each, and their mean has settled by then
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from flowalign.models import PipelineModel
 from flowalign.report.formats import percent
-from trainers.preflight.geometry import GLANCED_AT, Geometry, PlannedStep, better_batch_size
+from trainers.long_prompts import GLANCED_AT, glance, long_prompts
+from trainers.preflight.geometry import Geometry, PlannedStep, better_batch_size
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -76,26 +77,8 @@ def _few_training_prompts(trainer: Trainer, cut: Geometry) -> Found:
 
 
 def _truncated(trainer: Trainer) -> Found:
-    if not isinstance(trainer.model, PipelineModel):
-        return None
-    held_out = trainer.evaluator.prompts
-    texts = {*trainer.prompts.some(GLANCED_AT).text, *(held_out.text if held_out is not None else ())}
-    limit, tokenizer = trainer.model.token_limit()
-    # a token is a byte at least, so that only long prompts need to be looked at
-    long = [text for text in texts if len(text.encode()) + 2 > limit]
-    cut = [text for text in long if len(tokenizer(text).input_ids) > limit]
-    if not cut:
-        return None
-    return warning(
-        f"{len(cut)} prompts{_glance(trainer)} are longer than the {limit} tokens that the text encoders read, and the "
-        f"rest of them is not seen, as in {min(cut)[:60]!r}. Shorten them"
-        + (", or raise model.max_sequence_length" if trainer.model.max_sequence_length else "")
-    )
-
-
-def _glance(trainer: Trainer) -> str:
-    """What to say where not all prompts were looked at."""
-    return f" (looking at one in {step})" if (step := -(-len(trainer.prompts) // GLANCED_AT)) > 1 else ""
+    text = long_prompts(trainer)
+    return None if text is None else warning(text)
 
 
 def _padding(trainer: Trainer, cut: Geometry) -> Found:
@@ -197,7 +180,7 @@ def _trained_on(trainer: Trainer) -> Found:
     if prompts is None or not both:
         return None
     return warning(
-        f"{both} of {len(prompts)} held-out prompts are trained on too{_glance(trainer)}: their scores do not show "
+        f"{both} of {len(prompts)} held-out prompts are trained on too{glance(trainer)}: their scores do not show "
         "what is learned in general. Take them out of one of the two sets"
     )
 
