@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from flowalign.cli import parse_trainer
-from flowalign.config import arguments_of, load_yaml
+from flowalign.config import arguments_of, construct, load_yaml
 from flowalign.models import Flux
 from flowalign.records import Media, Prompts
 from flowalign.schedules import linear, shifted
 from rewards import parse_reward
 from rewards.base import as_reward
 from rewards.expression import REWARDS
+from tests.test_wan import small, unipc
+from tests.tiny_wan import tiny_wan
 from trainers.instruct_video import first_below
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -28,6 +30,13 @@ FILES = [name for name in ALL if not name.startswith(OTHERS)]
 def resolved(name: str) -> dict[str, Any]:
     """All arguments of the trainer with their defaults, as plain data."""
     return arguments_of(parse_trainer(load_yaml(CONFIGS / name)))
+
+
+def wan_sigmas(name: str) -> list[float]:
+    """The grid of a config's rollouts on a small Wan with the scheduler that Wan 2.1 ships for 480p."""
+    settings = parse_trainer(load_yaml(CONFIGS / name)).arguments
+    model = small(lambda: tiny_wan(unipc()), grid=construct(settings["model"].arguments.get("grid")))
+    return model.sigmas(settings["sampling"].arguments["steps"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -96,6 +105,7 @@ def test_flow_grpo_on_qwen_image_is_the_published_one() -> None:
 def test_dense_grpo_s_known_settings_are_the_published_ones() -> None:
     config = resolved("dense_grpo/sd3.5_pickscore.yaml")
     assert (config["kl_coef"], config["completion_steps"], config["calibration"]["amount"]) == (0.01, None, 0.01)
+    assert config["kl"] == "flowalign.transitions.flow_grpo_kl"  # beta is of the code that they compare with
     assert config["epochs"] * config["updates_per_epoch"] == 4500
     sampling, model = config["sampling"], config["model"]
     assert [sampling[key] for key in ("group_size", "batch_size", "steps")] == [24, 144 // 16, 10]
@@ -121,7 +131,10 @@ def test_ocr_drops_what_it_cannot_read_and_the_others_stop() -> None:
 def test_wan_s_settings_are_the_published_ones() -> None:
     config = resolved("flow_grpo/wan2.1_ocr.yaml")
     assert (config["kl_coef"], config["clip_range"], config["step_fraction"]) == (0.004, 1e-3, 0.99)
-    sampling = config["sampling"]
+    assert config["kl"] == "flowalign.transitions.exact_kl"  # by std_dev_t sqrt(-dt), where SD3's script has std_dev_t
+    sampling, sigmas = config["sampling"], wan_sigmas("flow_grpo/wan2.1_ocr.yaml")
+    table = sampling["plan"]["transition"]["table"]
+    assert table == pytest.approx([sigmas[1] * sigma for sigma in sigmas[:-1]], abs=1e-4)
     assert [sampling[key] for key in ("group_size", "batch_size", "steps", "guidance_scale")] == [4, 8, 20, 4.5]
     assert config["optimizer"]["learning_rate"] == 1e-4
     model = config["model"]
