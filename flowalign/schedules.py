@@ -29,6 +29,23 @@ def shifted(sigmas: list[float], shift: float) -> list[float]:
     return [shift * s / (1 + (shift - 1) * s) for s in sigmas]
 
 
+@dataclass(frozen=True)
+class ShiftedLinear:
+    """`shifted(linear(steps), shift)`, as a model's `grid`.
+
+    The model's scheduler shifts it again, and shifts multiply: on a pipeline of shift 3, ShiftedLinear(5 / 3) is the
+    linear grid at shift 5.
+    """
+
+    shift: float
+
+    def __post_init__(self) -> None:
+        shifted([], self.shift)  # raises
+
+    def __call__(self, steps: int) -> list[float]:
+        return shifted(linear(steps), self.shift)
+
+
 def flow_match_euler(steps: int, shift: float, train_steps: int = 1000) -> list[float]:
     """The grid of diffusers' FlowMatchEulerDiscreteScheduler(shift=shift).set_timesteps(steps).
 

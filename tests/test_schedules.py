@@ -9,6 +9,7 @@ from flowalign.schedules import (
     ChosenSteps,
     FanOut,
     RandomSteps,
+    ShiftedLinear,
     Window,
     flow_match_euler,
     linear,
@@ -33,6 +34,8 @@ def test_grids_by_hand():
     assert shifted(linear(7), 1.0) == linear(7)
     # Undone by the inverse shift.
     torch.testing.assert_close(shifted(shifted(linear(7), 3.0), 1 / 3), linear(7))
+    # Shifts multiply: what a scheduler of shift 3 makes of this grid.
+    torch.testing.assert_close(shifted(ShiftedLinear(5 / 3)(7), 3.0), shifted(linear(7), 5.0))
     sd3 = [1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0.0]
     torch.testing.assert_close(flow_match_euler(10, 3.0), sd3, atol=5e-5, rtol=0)
 
@@ -44,6 +47,8 @@ def test_bad_grids_raise():
         flow_match_euler(0, 3.0)
     with pytest.raises(ValueError, match="shift must be positive, got 0"):
         shifted([1.0, 0.0], 0.0)
+    with pytest.raises(ValueError, match="shift must be positive, got 0"):
+        ShiftedLinear(0.0)
 
 
 def test_all_steps():

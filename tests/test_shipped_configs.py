@@ -211,6 +211,18 @@ def test_euphonium_s_settings_are_the_published_ones() -> None:
     assert sampling["plan"]["shared_noise"] is True
     assert (config["outcome_coef"], config["process_coef"], config["clip_range"]) == (1, 1, 1e-4)
     assert (config["optimizer"]["learning_rate"], config["epochs"]) == (1e-6, 501)
+    sigmas = wan_sigmas("euphonium/wan2.1_videoreward.yaml")
+    assert sigmas == pytest.approx(shifted(linear(16), 5.0), abs=1e-5)
+    assert sigmas[12:16] == pytest.approx([0.625, 0.5357, 0.4167, 0.25], abs=1e-4)  # where guidance is
+
+
+def test_rewards_by_an_instruction_name_the_file_that_published_scores_need() -> None:
+    """Without one HPSv3 and VideoReward score by a text of our own."""
+    flash, euphonium = resolved("flow_grpo/wan2.1_flash.yaml"), resolved("euphonium/wan2.1_videoreward.yaml")
+    assert flash["reward"]["reward"]["class"] == "rewards.HPSv3"
+    assert flash["reward"]["reward"]["template"] == "data/hpsv3_prompt.txt"
+    assert euphonium["reward"]["class"] == "rewards.VideoReward"
+    assert euphonium["reward"]["template"] == "data/euphonium/videoreward_prompt.txt"
 
 
 def test_flow_dpo_s_settings_are_those_of_flow_grpo_s_code() -> None:
