@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowalign.cli import parse_trainer
 from flowalign.config import arguments_of, construct, load_yaml
@@ -17,7 +18,9 @@ from flowalign.schedules import linear, shifted
 from rewards import parse_reward
 from rewards.base import as_reward
 from rewards.expression import REWARDS
+from tests.families import seeded
 from tests.test_wan import small, unipc
+from tests.tiny_flux import tiny_flux
 from tests.tiny_wan import tiny_wan
 from trainers.instruct_video import first_below
 
@@ -37,6 +40,20 @@ def wan_sigmas(name: str) -> list[float]:
     settings = parse_trainer(load_yaml(CONFIGS / name)).arguments
     model = small(lambda: tiny_wan(unipc()), grid=construct(settings["model"].arguments.get("grid")))
     return model.sigmas(settings["sampling"].arguments["steps"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tree_grpo/flux.1-dev_hpsv2.yaml", "flow_grpo/flux.1-dev_mixgrpo.yaml", "g2rpo/flux.1-dev_hpsv2_clip.yaml"],
+)
+def test_grids_on_flux_are_the_authors_of_shift_3(name: str) -> None:
+    """FLUX.1 dev shifts by its tokens, 45 x 45 at 720 px; a token of the small pipeline has 4 pixels a side, not 16."""
+    settings = parse_trainer(load_yaml(CONFIGS / name)).arguments
+    told, pipe = settings["model"].arguments, seeded(tiny_flux)()
+    assert (told["height"], told["width"]) == (720, 720)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    sigmas = Flux(pipe, height=180, width=180, grid=construct(told["grid"]), max_sequence_length=8).sigmas(20)
+    assert sigmas == pytest.approx(shifted(linear(20), 3.0), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -17,7 +17,7 @@ from flowalign.gradient_plans import LastSteps
 from flowalign.models.gaussian import GaussianModel
 from flowalign.records import Media, Prompts, intervals
 from flowalign.rollout import rollout
-from flowalign.schedules import AllSteps, Deterministic, FanOut, Path, Plan, Window, flow_match_euler, linear, shifted
+from flowalign.schedules import AllSteps, Deterministic, FanOut, Path, Plan, Window, flow_match_euler, linear
 from flowalign.step_weights import StepWeights, even_gradients, even_means, inverse_dt, noise_weights
 from flowalign.transitions import ODE, FlowSDE, TableSDE
 from flowalign.windows import (
@@ -31,6 +31,7 @@ from flowalign.windows import (
     SlidingWindow,
 )
 from tests import jobs, processes
+from tests.test_shipped_configs import wan_sigmas
 from trainers import BestOfN, DenseGRPO, FlowGRPO, Optimizer, Sampling
 from trainers.batch import Batch
 from trainers.preflight.geometry import geometry, looked_at, planned_steps, spent_rows
@@ -362,7 +363,7 @@ def test_weights_by_hand():
 def test_even_gradients_are_flash_grpo_s_table():
     """The ten numbers in the authors' script, of Wan's 20 steps at shift 3 and g = sigma sigmas[1], to their scale."""
     table = [7.4770, 7.0414, 6.6112, 6.1867, 5.7682, 5.3559, 4.9502, 4.5513, 4.1596, 3.7754]
-    sigmas = shifted(linear(20), 3.0)
+    sigmas = wan_sigmas("flow_grpo/wan2.1_flash.yaml")
     rule = TableSDE(tuple(sigmas[1] * sigma for sigma in sigmas[:-1]))
     made = torch.tensor(even_gradients([(rule, step) for step in intervals(sigmas)[:10]], [1] * 10))
     assert made.mean().item() == pytest.approx(1.0)
@@ -416,7 +417,7 @@ def test_published_windows_are_the_authors():
     config = resolved("flow_grpo/wan2.1_flash.yaml")
     plan = config["sampling"]["plan"]
     assert [plan[key] for key in ("length", "low", "high")] == [1, 0, 10]
-    sigmas = shifted(linear(20), 3.0)
+    sigmas = wan_sigmas("flow_grpo/wan2.1_flash.yaml")
     assert plan["transition"]["table"] == pytest.approx([sigmas[1] * sigma for sigma in sigmas[:-1]], abs=1e-4)
     assert (config["clip_range"], config["kl_coef"], config["optimizer"]["learning_rate"]) == (1e-3, 0.0, 1e-4)
     assert config["step_weights"] == "flowalign.step_weights.even_gradients"
