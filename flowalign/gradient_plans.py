@@ -66,10 +66,10 @@ class RandomTruncation(GradientPlan):
 
 @dataclass(frozen=True)
 class GaussianTruncation(GradientPlan):
-    """Gradient from a step near `mean`, drawn for every epoch: normal, rounded, and drawn anew until it is a step.
+    """Gradient from a step near `mean`, drawn for every epoch: normal, cut to an integer, anew until it is a step.
 
-    What AlignProp's code does by default (its paper draws uniformly, see `RandomTruncation`): of 50 steps about 42 have
-    none. Step 0 is left out, as there.
+    What AlignProp's code does by default (its paper draws uniformly, see `RandomTruncation`): of 50 steps 9.1 have
+    gradient on average. Its int() cuts; rounding would give 8.7. Step 0 is left out, as there.
     """
 
     mean: float = 42.0
@@ -83,7 +83,7 @@ class GaussianTruncation(GradientPlan):
                 f"{steps}; got {self.std} and {self.mean}"
             )
         generator = key_generator(seed, "truncation", epoch)
-        while not 1 <= (first := round(generator.normal(self.mean, self.std))) < steps:
+        while not 1 <= (first := int(generator.normal(self.mean, self.std))) < steps:
             pass
         return _truncated(first, steps, self.transition)
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -211,13 +212,16 @@ def test_random_truncation_is_uniform():
 
 
 def test_gaussian_truncation_is_aligned_prop_s():
-    """Mean K of 50 steps is 8; rounded normals within one step, so that the mean is off by truncation alone."""
+    """int(x) of x from N(42, 5), drawn anew from 50 on: a mean K of 9.09, and K = 1 for 49 <= x < 50."""
     found = drawn_first(GaussianTruncation(), 50)
     assert min(found) >= 1
     assert max(found) <= 49
-    mean = sum(first * count for first, count in found.items()) / 4000
-    # of N(42, 5) below 49.5, whose tail beyond 1.5 std is cut: 42 - 5 phi(1.5) / Phi(1.5)
-    assert mean == pytest.approx(42 - 5 * 0.1295 / 0.9332, abs=0.25)
+    below = [NormalDist(42, 5).cdf(step + 1) - NormalDist(42, 5).cdf(step) for step in range(1, 50)]
+    mean = sum((50 - step) * share for step, share in enumerate(below, 1)) / sum(below)
+    assert (mean, below[-1] / sum(below)) == pytest.approx((9.09, 0.0275), rel=2e-3)
+    drawn = sum((50 - first) * count for first, count in found.items()) / 4000
+    assert drawn == pytest.approx(mean, abs=0.25)  # rounding: 8.70
+    assert found[49] / 4000 == pytest.approx(0.0275, abs=0.01)
 
 
 def test_truncation_is_a_function_of_seed_and_epoch():
