@@ -51,17 +51,19 @@ def differentiable_rollout(
     policy: Policy = Policy(),
     step_noise: Callable[[int], Latents] | None = None,
     recompute: bool = True,
+    first: int = 0,
 ) -> Drawn:
     """Samples along a path, with gradient from its step `gradient_from` on; the first steps keep nothing.
 
     Args:
         condition: one row for each row of `start`.
-        start: latents at sigmas[0], `model.start` of unit noise; float32. Where the path has gradient from step 0 on,
-            gradients flow into them.
+        start: latents at sigmas[first], `model.start` of unit noise; float32. Where the path has gradient from that
+            step on, gradients flow into them.
         sigmas: the path's grid. Its last value may be 0 where the path is cut short: that Euler step gives x0hat.
         policy: guidance, and whether its unconditional half has gradient (then both halves are one doubled call).
         step_noise: the noise of step i, one row per sample; needed where the path has stochastic steps.
         recompute: activation checkpointing of each step with gradient; the numbers are the same to the last bit.
+        first: the step that is made first, those before it being left out; steps keep their numbers.
 
     Raises: ValueError where the path's length is not the grid's, it branches, or stochastic steps have no noise.
     """
@@ -71,7 +73,7 @@ def differentiable_rollout(
     if path.stochastic and step_noise is None:
         raise ValueError(f"steps {list(path.stochastic)} are stochastic and need step_noise")
     latents, visits = start, list[Visit]()
-    for interval, transition in zip(grid, path.transitions, strict=True):
+    for interval, transition in zip(grid[first:], path.transitions[first:], strict=True):
         learnt = torch.is_grad_enabled() and interval.index >= path.gradient_from
         with torch.set_grad_enabled(learnt):
             velocity = velocity_at(model, latents, interval.sigma, condition, policy, learnt and recompute)

@@ -23,7 +23,7 @@ from flowalign.records import Prompts, Size, intervals
 from flowalign.rollout import Policy
 from flowalign.schedules import linear
 from flowalign.shapes.scenes import random_spec, render
-from flowalign.transitions import DDIM, ODE, exact_kl, velocity_mse_kl
+from flowalign.transitions import DDIM, ODE, TableSDE, exact_kl, velocity_mse_kl
 from flowalign.videos import mp4
 from rewards.base import FunctionReward
 from rewards.frames import attenuated
@@ -46,6 +46,7 @@ class Drawing(Plane):
         return Size(1, 1)
 
 
+TABLE = TableSDE((0.1, 0.2, 0.3, 0.4, 0.5))
 COLOURS = [(255, 0, 0), (0, 255, 0), (51, 102, 204)]
 
 
@@ -77,9 +78,9 @@ def test_sixty_percent_of_an_even_grid_are_the_authors_twelve_of_twenty_steps():
     assert 20 - first_below(linear(20), 0.6) == 12
 
 
-@pytest.mark.parametrize("transition", [ODE(), DDIM(1.0)], ids=["ode", "ddim"])
+@pytest.mark.parametrize("transition", [ODE(), DDIM(1.0), TABLE], ids=["ode", "ddim", "table"])
 def test_the_part_of_the_chain_is_the_flow_from_the_noised_media(transition, tmp_path):
-    """With noise in its steps each has its own, that of its number in the whole chain."""
+    """A step's noise, and its g in a table, are those of its number in the whole chain."""
     made = trainer(tmp_path, plan=LastSteps(1, transition))
     epoch = made.collection.epoch(0)
     draw = made.collection.draw(epoch, [*range(6)])
@@ -92,7 +93,7 @@ def test_the_part_of_the_chain_is_the_flow_from_the_noised_media(transition, tmp
         mean, std = transition(latents, velocity, interval)
         latents = mean + std * draw.step_noise(interval.index)
     torch.testing.assert_close(drawn.latents.detach(), latents.detach(), rtol=0, atol=1e-6)
-    assert [visit.interval.sigma for visit in drawn.visits] == [GRID[4]]
+    assert [visit.interval for visit in drawn.visits] == [intervals(GRID)[4]]
 
 
 def test_only_the_last_step_has_gradient_and_the_first_ones_are_not_made(tmp_path):

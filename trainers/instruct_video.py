@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
 from flowalign.differentiate import Drawn, differentiable_rollout
 from flowalign.gradient_plans import LastSteps
@@ -24,7 +23,6 @@ from flowalign.models.base import Model
 from flowalign.models.editing import EditingModel
 from flowalign.prompts import PromptData
 from flowalign.records import Size
-from flowalign.schedules import Path
 from flowalign.tracking import TrackerName
 from flowalign.transitions import velocity_mse_kl
 from rewards.base import Reward
@@ -87,13 +85,8 @@ class InstructVideo(DRaFT):
         first, path = first_below(sigmas, self.start), epoch.path
         clean = self.model.encode_media(real_media(draw.told, self._size()))
         noised = (1 - sigmas[first]) * clean + sigmas[first] * draw.start
-        rest = Path(path.transitions[first:], gradient_from=path.gradient_from - first)
-
-        def step_noise(step: int) -> Tensor:
-            return draw.step_noise(first + step)
-
         return differentiable_rollout(
-            self.model, draw.condition, noised, sigmas[first:], rest, self.policy, step_noise, self.recompute
+            self.model, draw.condition, noised, sigmas, path, self.policy, draw.step_noise, self.recompute, first
         )
 
     def _size(self) -> Size:
