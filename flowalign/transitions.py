@@ -279,7 +279,10 @@ def exact_kl(
 def flow_grpo_kl(
     mean: Batch, ref_mean: Batch, velocity: Batch, ref_velocity: Batch, std: float, interval: Interval, reduce: Reduce
 ) -> Float[Tensor, " b"]:
-    """Flow-GRPO's code: the std without its sqrt(-dt), so |dt| times `exact_kl` (the paper has the exact one)."""
+    """Flow-GRPO's code for SDE steps: the std without its sqrt(-dt), so |dt| times `exact_kl`, which the paper has.
+
+    For CPS, whose std has no sqrt(-dt), their code's KL is `exact_kl`; trainers refuse this one there.
+    """
     return -interval.dt * exact_kl(mean, ref_mean, velocity, ref_velocity, std, interval, reduce)
 
 

@@ -9,7 +9,7 @@ from flowalign.advantages import group_advantages
 from flowalign.models.gaussian import GaussianModel
 from flowalign.records import Media, Prompts, intervals
 from flowalign.schedules import AllSteps, FanOut, linear
-from flowalign.transitions import ODE, FlowSDE, Memoryless, Transition, exact_kl, sum_of_elements
+from flowalign.transitions import CPS, ODE, FlowSDE, Memoryless, Transition, exact_kl, flow_grpo_kl, sum_of_elements
 from trainers import FlowGRPO, Optimizer, Sampling
 from trainers.batch import summary
 
@@ -182,6 +182,10 @@ def test_scores_that_are_not_valid_stop_the_run_or_are_left_out_and_counted(tmp_
         ({"sampling": Sampling(AllSteps(ODE()), 2, 8, steps=STEPS)}, "no stochastic step"),
         ({"updates_per_epoch": 300}, "must lie in 1 ... 128"),
         ({"kl_coef": -1.0}, "kl_coef at least 0"),
+        (
+            {"kl": flow_grpo_kl, "sampling": Sampling(AllSteps(CPS(0.7), last_step=False), 2, 8, steps=STEPS)},
+            "flow_grpo_kl is of SDE steps, and the plan's are CPS, .* set kl to flowalign.transitions.exact_kl",
+        ),
     ],
 )
 def test_bad_settings_say_what_to_do(changes, message, tmp_path):

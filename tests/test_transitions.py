@@ -347,10 +347,22 @@ def test_exact_kl_is_that_of_two_gaussians(transition, reduce):
         expected = reduce(kl_divergence(Normal(mean, std), Normal(ref, std)))
         kl = T.exact_kl(mean, ref, V_MOVED, V, std, interval, reduce)
         close(kl, expected, atol=0, rtol=1e-9)
-        authors = T.flow_grpo_kl(mean, ref, V_MOVED, V, std, interval, reduce)
-        close(authors, expected * -interval.dt, atol=0, rtol=1e-9)
-        scaled = std / math.sqrt(-interval.dt)
-        close(authors, reduce((mean - ref).square() / (2 * scaled**2)), atol=0, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("transition", "kl", "std_dev_t"),
+    [
+        (FlowSDE(0.7), T.flow_grpo_kl, lambda s, s_next: 0.7 * math.sqrt(s / (1 - s))),
+        (CPS(0.7), T.exact_kl, lambda s, s_next: s_next * math.sin(0.35 * math.pi)),
+    ],
+    ids=["sde", "cps"],
+)
+def test_flow_grpo_s_code_divides_by_the_std_that_its_step_returns(transition, kl, std_dev_t):
+    """Of its SDE that is the std without sqrt(-dt), of CPS all of it."""
+    for interval in intervals(flow_match_euler(6, 3.0))[1:-1]:
+        (mean, std), (ref, _) = (transition(X.double(), v.double(), interval) for v in (V_MOVED, V))
+        authors = (mean - ref).square().flatten(1).mean(1) / (2 * std_dev_t(interval.sigma, interval.sigma_next) ** 2)
+        close(kl(mean, ref, V_MOVED, V, std, interval, T.mean_of_elements), authors, atol=0, rtol=1e-9)
 
 
 def test_exact_kl_of_an_sde_in_velocities():

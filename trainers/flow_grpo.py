@@ -37,7 +37,7 @@ from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
 from trainers.policy_gradient import PolicyTrainer
 from trainers.ratio_guard import RatioCheck, RatioGuard
-from trainers.regularisers import AdaptiveCoefficient, Refresh, check_refresh
+from trainers.regularisers import AdaptiveCoefficient, Refresh, check_kl, check_refresh
 from trainers.resampling import EverySample, Selection
 from trainers.supervised import Supervised
 
@@ -131,6 +131,11 @@ class FlowGRPO(PolicyTrainer):
             model, reward, prompts, sampling, policy, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
             folder, seed, on_invalid, log_with,
         )  # fmt: skip
+
+    def _check(self) -> None:
+        super()._check()
+        if self.needs_reference():
+            check_kl(self.kl, (rule for path, _ in self.collection.epoch(0).paths for rule in path.transitions))
 
     def loss(
         self,

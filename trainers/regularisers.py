@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+from flowalign.transitions import CPS, DDIM, Renoise, Transition, flow_grpo_kl
 
 if TYPE_CHECKING:
     from trainers.base import Trainer
@@ -123,6 +126,16 @@ def older_policy(trainer: Trainer) -> AbstractContextManager[None]:
     if not older:
         return trainer.model.reference()
     return trainer.model.as_older() or trainer.optimizer.holding(older)
+
+
+def check_kl(kl: Callable[..., Tensor], rules: Iterable[Transition]) -> None:
+    """Raises: ValueError for Flow-GRPO's |dt| on steps whose std has no sqrt(-dt) that their code would leave out."""
+    other = sorted({type(rule).__name__ for rule in rules if isinstance(rule, (CPS, DDIM, Renoise))})
+    if kl is flow_grpo_kl and other:
+        raise ValueError(
+            f"kl: flow_grpo_kl is of SDE steps, and the plan's are {', '.join(other)}, under which the authors' code "
+            "has the exact KL: set kl to flowalign.transitions.exact_kl"
+        )
 
 
 def check_refresh(refresh: Refresh, kl_coef: float, ema_decay: float) -> None:
