@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from flowalign.cli import parse_trainer
 from flowalign.config import arguments_of, construct, load_yaml
 from flowalign.models import Flux
-from flowalign.records import Media, Prompts
-from flowalign.schedules import linear, shifted
+from flowalign.records import Media, Prompts, intervals
+from flowalign.schedules import flow_match_euler, linear, shifted
 from rewards import parse_reward
 from rewards.base import as_reward
 from rewards.expression import REWARDS
@@ -77,6 +77,8 @@ def test_flow_grpo_settings_are_the_published_ones(short: str, beta: float, metr
     config = resolved(f"flow_grpo/sd3.5_{short}.yaml")
     assert (config["kl_coef"], config["kl"]) == (beta, "flowalign.transitions.flow_grpo_kl")
     assert (config["clip_range"], config["step_fraction"], config["updates_per_epoch"]) == (1e-4, 0.99, 2)
+    by_dt = [-1 / step.dt for step in intervals(flow_match_euler(10, 3.0))[: int(10 * 0.99)]]
+    assert (round(min(by_dt)), round(max(by_dt))) == (4, 25)  # times as much the exact KL is at each trained step
     assert (config["evaluation"]["steps"], config["evaluation"]["every"]) == (40, 60)
     assert config["evaluation"]["metric"] == metric
     sampling = config["sampling"]

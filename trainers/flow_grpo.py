@@ -60,10 +60,13 @@ class FlowGRPO(PolicyTrainer):
         updates_per_epoch: optimizer steps made of each round's samples; only the first is exactly on-policy.
         clip_range: eps, of the ratio of log-probs in the reduction `reduce`.
         kl_coef: beta; 0 leaves the reference's calls out. Or one that follows the KL: `trainers.regularisers`.
-        kl: which KL beta multiplies: the exact one, or an author's (`flowalign.transitions`).
+        kl: which KL beta multiplies: the exact one, as in the paper, or an author's (`flowalign.transitions`). The
+            authors' .04 goes with their code's, `flow_grpo_kl`, as in the published configs; with the exact one, the
+            default, it holds 1 / |dt| times as hard: 4 to 25 times at the trained steps of SD3's ten.
         advantages: function of rewards [b] and group ids [b]; or credit that reads the terms of a weighted reward, such
             as `flowalign.credit.GDPO`.
-        step_fraction: share of the stochastic steps that are trained, counted from the first.
+        step_fraction: share of the stochastic steps that are trained, counted from the first. The authors' .99 leaves
+            out the last: on SD3's grid its noise, of std .006, does not show, so that its credit is that of the others.
         log_prob, reduce: density of a step, and how it is reduced over a sample's elements.
         unconditional_grad: under guidance, whether gradient runs through the unconditional half too.
         folder: where the run is written.
