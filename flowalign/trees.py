@@ -4,10 +4,11 @@ A node is latents at a point of the grid, an edge one stochastic step to it, a l
 once: a rollout has as many network rows as nodes, and so has its replay. A node's value is the mean reward of the
 leaves below it, so that an edge is compared with its like by what it has led to on average.
 
-Dynamic-TreeRPO (arXiv:2509.23352) and BranchGRPO (arXiv:2509.06040; github.com/Fredreic1849/BranchGRPO). Of the first,
-the bounds of the ratio that move with the reward and the supervised loss along the best path are not here: we have not
-seen their formulas. Of the second, noise at branchings is not scaled beyond the density that is then read (the code
-does so, by 4), and a node's value is not weighted by the densities of its children: they are drawn from these already.
+Dynamic-TreeRPO (arXiv:2509.23352) and BranchGRPO (arXiv:2509.06040; github.com/Fredreic1849/BranchGRPO). We have not
+seen the first one's formulas: the bounds of its ratio that move with the reward are not here, and its supervised loss
+along the best path is that of `trainers.supervised`, of where the path ends. Of the second, noise at branchings is not
+scaled beyond the density that is then read (the code does so, by 4), and a node's value is not weighted by the
+densities of its children: they are drawn from these already.
 """
 
 from __future__ import annotations

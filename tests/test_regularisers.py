@@ -18,11 +18,13 @@ from flowalign.records import Interval, Media, Prompts
 from flowalign.rollout import Replay
 from flowalign.schedules import AllSteps, linear
 from flowalign.transitions import FlowSDE, exact_kl, mean_of_elements, sum_of_elements, velocity_mse_kl
+from flowalign.trees import Tree
 from tests.jobs import rows
 from trainers import DenseGRPO, FlowGRPO, Optimizer, Sampling, UniformTimes
 from trainers.raft import best_of_each
 from trainers.regularisers import BandCoefficient, ProportionalCoefficient, Refresh
 from trainers.supervised import Supervised
+from trainers.tree_grpo import TreeGRPO
 from trainers.update import Update
 
 SDE = FlowSDE(0.7)
@@ -162,13 +164,18 @@ def gradient(run: FlowGRPO, batch: Any) -> dict[str, Tensor]:
 
 
 SHARED = Sampling(AllSteps(SDE, shared_noise=True), 4, 4, 2, 64, 3, 1.0)
+TREES = Sampling(Tree(SDE, (0, 2), (2, 2)), 4, 4, 2, 64, 3, 1.0)
 
 
-@pytest.mark.parametrize("sampling", [PER_STEP, replace(PER_STEP, batch_size=3), SHARED], ids=["one", "odd", "shared"])
-def test_the_branch_is_the_matching_loss_of_each_group_s_best(sampling, tmp_path):
+@pytest.mark.parametrize(
+    ("sampling", "kind"),
+    [(PER_STEP, FlowGRPO), (replace(PER_STEP, batch_size=3), FlowGRPO), (SHARED, FlowGRPO), (TREES, TreeGRPO)],
+    ids=["one", "odd", "shared", "trees"],
+)
+def test_the_branch_is_the_matching_loss_of_each_group_s_best(sampling, kind, tmp_path):
     """Against the formula, from the samples themselves; what else there is, advantages of 0 leave out."""
     branch = Supervised(0.5, best_of_each, UniformTimes(draws=2))
-    run = trainer(tmp_path / "run", sampling, kl_coef=0.0, supervised=branch)
+    run = trainer(tmp_path / "run", sampling, kind, kl_coef=0.0, supervised=branch)
     batch = run.collect(0)
     flat = replace(batch, advantages=torch.zeros_like(batch.advantages))
     found = gradient(run, flat)
@@ -189,16 +196,19 @@ def test_the_branch_is_the_matching_loss_of_each_group_s_best(sampling, tmp_path
         torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
     assert found["loss"] == pytest.approx(mean.item(), rel=1e-5)
     # it is added to what is there without it
-    both, bare = gradient(run, batch), gradient(trainer(tmp_path / "b", sampling, kl_coef=0.0), batch)
+    both, bare = gradient(run, batch), gradient(trainer(tmp_path / "b", sampling, kind, kl_coef=0.0), batch)
     for name in run.model.trainable():
         torch.testing.assert_close(both[name], bare[name] + found[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [FlowGRPO, DenseGRPO])
-def test_the_branch_costs_its_calls_and_nothing_by_default(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "sampling"),
+    [(FlowGRPO, replace(PER_STEP, batch_size=2)), (DenseGRPO, replace(PER_STEP, batch_size=2)), (TreeGRPO, TREES)],
+)
+def test_the_branch_costs_its_calls_and_nothing_by_default(kind, sampling, tmp_path):
     ends = []
     for name, branch in (("off", None), ("on", Supervised(0.1, times=UniformTimes(draws=3)))):
-        run = trainer(tmp_path / name, replace(PER_STEP, batch_size=2), kind, kl_coef=0.0, supervised=branch, epochs=1,
+        run = trainer(tmp_path / name, sampling, kind, kl_coef=0.0, supervised=branch, epochs=1,
                       updates_per_epoch=2)  # fmt: skip
         run.train(report=False)
         (row,) = (row for row in rows(tmp_path / name) if "rows/gradient" in row)

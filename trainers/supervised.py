@@ -2,8 +2,9 @@
 
     L = L_RL + coef E ||v(x_t, t) - (e - x_0)||^2,   x_t = (1 - t) x_0 + t e,   x_0 the best of each group
 
-LayerTuning-RL of Dynamic-TreeRPO (arXiv:2509.23352) adds such a loss towards its tree's best path. Ratios move the
-policy at the noisy steps of a plan; this moves it at all sigmas. The loss is the network's own (`pretraining_loss`).
+LayerTuning-RL of Dynamic-TreeRPO (arXiv:2509.23352) adds such a loss towards its tree's best path; we have not seen its
+formula, and imitate where that path ends. Ratios move the policy at the noisy steps of a plan; this moves it at all
+sigmas. The loss is the network's own (`pretraining_loss`).
 """
 
 from __future__ import annotations

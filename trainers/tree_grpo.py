@@ -5,6 +5,7 @@
 
 Rows part at several steps (`flowalign.trees.Tree`, `TreeWindow`), and what samples share is rolled out, and replayed,
 once. An edge is compared with its siblings (Dynamic-TreeRPO), or with all of its group's at its depth (BranchGRPO).
+`supervised` draws the policy to a group's best leaf too, as Dynamic-TreeRPO's LayerTuning-RL does along its path.
 Where the only branching is at the first stochastic step, both are Flow-GRPO with a shared start, bit for bit.
 """
 
@@ -45,6 +46,7 @@ from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.keeper import Checkpoints
 from trainers.optim import Optimizer
 from trainers.ratio_guard import RatioCheck
+from trainers.supervised import Supervised
 
 if TYPE_CHECKING:
     from trainers.preflight.family import Family
@@ -58,8 +60,8 @@ class TreeGRPO(FlowGRPO):
     Args:
         model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch, clip_range,
             kl_coef, kl, step_fraction, log_prob, reduce, unconditional_grad, folder, seed, on_invalid, log_with,
-            ratio_check: as of `trainers.FlowGRPO`. sampling.batch_size counts trees: a call late in a tree has as many
-            rows for each as the tree has leaves.
+            supervised, ratio_check: as of `trainers.FlowGRPO`. sampling.batch_size counts trees: a call late in a tree
+            has as many rows for each as the tree has leaves.
         compare: which edges are compared with one another: `flowalign.trees.siblings` or `depths`.
         advantages: function of the values [n] of one step's nodes and the number [n] of what each is compared among.
             BranchGRPO's code has `flowalign.advantages.dancegrpo_advantages`.
@@ -94,6 +96,7 @@ class TreeGRPO(FlowGRPO):
         seed: int = 0,
         on_invalid: Literal["stop", "drop"] = "stop",
         log_with: tuple[TrackerName, ...] = (),
+        supervised: Supervised | None = None,
         ratio_check: RatioCheck = "recompute",
     ) -> None:
         if isinstance(advantages, TermCredit):
@@ -106,7 +109,7 @@ class TreeGRPO(FlowGRPO):
         super().__init__(
             model, reward, prompts, sampling, optimizer, evaluation, checkpoints, epochs, updates_per_epoch,
             clip_range, kl_coef, kl, advantages, step_fraction, log_prob, reduce, unconditional_grad, folder, seed,
-            on_invalid, log_with, ratio_check=ratio_check,
+            on_invalid, log_with, supervised=supervised, ratio_check=ratio_check,
         )  # fmt: skip
 
     def credited(self, scores: Scores, group_ids: Int[Tensor, " b"], path: Path) -> Float[Tensor, "b t"]:
