@@ -112,6 +112,14 @@ def test_only_the_memoryless_sde_leaves_the_ode_with_the_same_law():
     assert means == pytest.approx([1.205, 0.966], abs=1e-3)
 
 
+@pytest.mark.parametrize("level", [1.0, 2.0])
+def test_the_ode_of_what_is_right_for_the_sde_has_its_fine_grid_limit(level):
+    """4 / (2 + a^2): 1.333 at a = 1 and .667 at a = 2, which the exact optima come to as steps grow."""
+    off = [4 / (2 + level**2) - law(optimum(FlowSDE(level), steps), ODE())[0] for steps in (160, 640)]
+    assert 0 < off[1] < off[0] / 2
+    assert off[1] < 0.011
+
+
 def test_without_a_reward_nothing_drifts(tmp_path):
     run = trainer(tmp_path / "run", FlowSDE(0.7), reward=nothing, epochs=3)
     run.train()

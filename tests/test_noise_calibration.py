@@ -44,6 +44,12 @@ def test_when_gains_are_balanced(balance, counts, expected):
     assert balance(*counts) is expected
 
 
+@pytest.mark.parametrize(("rollouts", "share"), [(4, 0.375), (24, 0.161), (192, 0.058), (1024, 0.025)])
+def test_how_often_the_paper_s_rule_takes_fair_coins_to_be_balanced(rollouts, share):
+    rises = sum(math.comb(rollouts, k) for k in range(rollouts + 1) if CountBalance(2)(k, rollouts - k))
+    assert rises / 2**rollouts == pytest.approx(share, abs=5e-4)
+
+
 def test_the_paper_s_rule_takes_noise_away_from_a_balanced_step_and_a_test_does_not():
     """Exact drift in units of the amount over 24 fair coins: -.68 a round, and +.93."""
     drift = {}

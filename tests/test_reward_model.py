@@ -56,6 +56,13 @@ def test_rao_kupper_by_hand() -> None:
         assert loss.item() == pytest.approx(-math.log(expected))
 
 
+def test_rao_kupper_of_equals_at_videoalign_s_theta() -> None:
+    """theta = 5 and no difference: 1/6 to win or lose, 2/3 to tie."""
+    a, log_theta = torch.zeros(1), torch.tensor(5.0).log()
+    losses = [rao_kupper_loss(a, a, torch.tensor([label]), log_theta).item() for label in (FIRST, TIE, SECOND)]
+    assert losses == pytest.approx([1.7918, 0.4055, 1.7918], abs=1e-4)
+
+
 def test_rao_kupper_sums_to_one_and_is_symmetric() -> None:
     a, b, log_theta = torch.randn(50).double() * 3, torch.randn(50).double() * 3, torch.tensor(0.4).double()
     win, tie, lose = rao_kupper_log_probs(a, b, log_theta)

@@ -127,6 +127,23 @@ def test_known_variances_on_the_standard_normal(transition, grid, variance):
     assert var == pytest.approx(variance, abs=5.1e-5)
 
 
+def test_noise_in_latents_of_one_image():
+    """Point-mass data: the latents' std over what their sigma says, of Flow-SDE off most at SD3's .0089, of CPS never.
+
+    What the last step adds stays in the image.
+    """
+    grid = flow_match_euler(10, 3.0)
+    found = {
+        rule: [math.sqrt(propagate(rule, grid[: k + 1], 1.0, 0.0, 1.0)[1]) / grid[k] for k in range(1, 10)]
+        for rule in (FlowSDE(0.7), CPS(0.7))
+    }
+    assert found[CPS(0.7)] == pytest.approx([1.0] * 9, abs=1e-9)
+    assert found[FlowSDE(0.7)][-2:] == pytest.approx([1.281, 27.87], rel=1e-3)
+    assert all(1.04 < ratio < 1.13 for ratio in found[FlowSDE(0.7)][:-2])
+    for sigmas, left in ((grid, 0.062), (shifted(linear(16), 3.0), 0.143), (shifted(linear(10), 3.0), 0.228)):
+        assert math.sqrt(propagate(FlowSDE(0.7), sigmas, 1.0, 0.0, 1.0)[1]) == pytest.approx(left, abs=1e-3)
+
+
 def test_first_step_of_flow_sde():
     x, v = X.double(), V.double()
     for first, a in ((0.9601, 0.7), (0.5, 1.2), (0.0, 0.3)):
