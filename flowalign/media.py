@@ -28,6 +28,7 @@ MOST_FRAMES = 1_000_000_000  # pixels of all frames of a video
 REFERENCES = "references"  # the key of a prompt's metadata that names the pictures its media should be like
 IMAGE = "image"  # that of the picture that a video starts from, or a ControlNet looks at
 REAL = "media"  # that of a real picture or video of the prompt
+FILES = (IMAGE, REFERENCES, REAL)  # all keys whose files are opened by name: what strangers put there is checked
 INLINE = "data:image/"  # how a picture begins that stands in a record itself, as a data URI (RFC 2397)
 KEPT = 256  # sets of references that are kept in memory
 

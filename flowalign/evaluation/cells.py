@@ -27,7 +27,7 @@ from torch import Tensor
 from flowalign.accounting import Rows
 from flowalign.evaluation.facts import Digests, content, key_of
 from flowalign.evaluation.methods import Drawn, Price
-from flowalign.media import IMAGE, REAL, REFERENCES, load
+from flowalign.media import FILES, load
 from flowalign.pictures import to_images, unzipped, zipped
 from flowalign.records import Prompts, Scores
 from flowalign.tracking import environment, write_atomically
@@ -37,7 +37,6 @@ from trainers.search_cost import Prices, Spent
 SAMPLER = 1  # raise it where the same settings would draw other pictures
 SCORER = 1  # raise it where the same rewards would be shown something else
 DRAWN_BY = ("negative_prompt", "height", "width", "frames", "seed", "image", "strength")  # of a prompt's record
-FILES = (IMAGE, REFERENCES, REAL)
 CALL = "call.json"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flowalign.media import IMAGE, REAL, REFERENCES, confined, is_inline
+from flowalign.media import FILES, REFERENCES, confined, is_inline
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")  # the first of them that a table has
 SIZES = ("height", "width", "frames")
@@ -58,33 +59,40 @@ def check_fields(metadata: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name} must be a whole number, {least}, got {value!r}")
 
 
-def references(folder: Path, names: object, where: str) -> list[str]:
-    """The files that a row names, relative to the folder of its data, as absolute paths; they must be in it.
-
-    A picture that stands in the row itself stays as it is.
-    """
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{where}: "{REFERENCES}" must be a list of picture files, got {names!r}')
-    try:
-        files = [name if is_inline(name) else confined(folder.resolve(), name) for name in names]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    missing = [file for file in files if isinstance(file, Path) and not file.is_file()]
-    if missing:
-        raise ValueError(f"{where}: the reference {missing[0]} is not a file")
-    return [str(file) for file in files]
-
-
-def with_files(row: dict[str, Any], folder: Path, where: str) -> None:
+def with_files(row: dict[str, Any], folder: Path | None, where: str) -> None:
     """Make the files that a row names, those its media should be like, start from, or really are, absolute paths.
 
     An image that is no file's name is left alone: only models that start from a picture look at it.
+
+    Args:
+        row: of any kind of data, a prompt's or a preference's.
+        folder: of the data, which names are relative to and files must be in; None where it has none.
+
+    Raises: ValueError for a file outside, or that is not there.
     """
-    if REFERENCES in row:
-        row[REFERENCES] = references(folder, row[REFERENCES], where)
-    for key in (IMAGE, REAL):
-        if isinstance(row.get(key), str):
-            row[key] = references(folder, [row[key]], where)[0]
+    for key in FILES:
+        named = row.get(key)
+        if key == REFERENCES and key in row:
+            if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+                raise ValueError(f'{where}: "{key}" must be a list of picture files, got {named!r}')
+            row[key] = [_file(name, key, folder, where) for name in named]
+        elif isinstance(named, str):
+            row[key] = _file(named, key, folder, where)
+
+
+def _file(name: str, key: str, folder: Path | None, where: str) -> str:
+    """The path of a file that a row names; a picture that stands in the row itself stays as it is."""
+    if is_inline(name):
+        return name
+    if folder is None:
+        raise ValueError(f'{where}: "{key}" names {name!r:.80}, a file beside the data, and this has no folder')
+    try:
+        file = confined(folder, name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
+        raise ValueError(f"{where}: the reference {file} is not a file")
+    return str(file)
 
 
 def file_fingerprint(path: Path, rows: int) -> str:

@@ -11,8 +11,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from flowalign.media import REFERENCES
-from flowalign.prompts.fields import SIZES, check_fields, check_text, file_fingerprint, prompt_column, references
+from flowalign.media import FILES
+from flowalign.prompts.fields import SIZES, check_fields, check_text, file_fingerprint, prompt_column, with_files
 from flowalign.records import Prompts, PromptSet, Size
 
 KEPT = 4  # row groups of a parquet file that stay in memory, as they are stored there
@@ -22,11 +22,13 @@ CHECKED = 100_000  # rows looked at together
 class TablePrompts(PromptSet):
     """Prompts of a table. `look` has to be called once it can be read.
 
-    where: of the table in messages. column: of the prompts. folder: that references are relative to, if there is one.
+    where: of the table in messages. column: of the prompts. kept: the columns that rows hold. folder: that files which
+    rows name are relative to and must be in, if there is one.
     """
 
     where: str
     column: str
+    kept: list[str]
     folder: Path | None
     _sizes: frozenset[Size]
 
@@ -50,7 +52,7 @@ class TablePrompts(PromptSet):
         self.column = column or prompt_column(names, self.where)
         if not len(self):
             raise ValueError(f"{self.where} is empty; training needs at least one prompt")
-        known = [name for name in ("negative_prompt", "seed", *SIZES, REFERENCES) if name in names]
+        known = [name for name in ("negative_prompt", "seed", *SIZES, *FILES) if name in self.kept]
         digest, sizes, start = hashlib.sha256(), set[Size](), 0
         for table in self.columns([self.column, *known]):
             for i, row in enumerate(table.to_pylist(), start):
@@ -68,10 +70,7 @@ class TablePrompts(PromptSet):
             if isinstance(metadata.get(name), float) and metadata[name].is_integer():
                 metadata[name] = int(metadata[name])
         check_fields(metadata, where)
-        if REFERENCES in metadata:
-            if self.folder is None:
-                raise ValueError(f"{where}: {REFERENCES} name files beside the data, and this has no folder")
-            metadata[REFERENCES] = references(self.folder, metadata[REFERENCES], where)
+        with_files(metadata, self.folder, where)
         return text, metadata
 
     def rows(self, index: Sequence[int]) -> Prompts:
@@ -165,8 +164,8 @@ class HubPrompts(TablePrompts):
         self.folder = Path(dataset) if Path(dataset).is_dir() else None
         self.told = (split, name, revision)
         held = open_dataset(dataset, split, name, revision)
-        kept = [one for one, kind in zip(*_schema(held.features.arrow_schema), strict=True) if is_plain(kind)]
-        self.data = held.select_columns(kept).with_format("arrow")
+        self.kept = [one for one, kind in zip(*_schema(held.features.arrow_schema), strict=True) if is_plain(kind)]
+        self.data = held.select_columns(self.kept).with_format("arrow")
         if limit is not None:
             self.data = self.data.select(range(min(limit, len(self.data))))
         self.look(column)
