@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from functools import lru_cache
@@ -107,9 +108,12 @@ def _video(path: Path, data: bytes | None) -> tuple[Float[Tensor, "f 3 h w"], fl
 def confined(root: Path, name: str) -> Path:
     """The file of that name in a folder or below it; links are followed before it is checked where it lies.
 
-    Raises: ValueError for one outside.
+    Raises: ValueError for one outside, and for what is no name.
     """
-    file = (root / name).resolve()
+    try:
+        file = Path(os.path.realpath(root / name))  # of links in a circle too, which are no file then
+    except ValueError as error:  # a NUL, or half a character
+        raise ValueError(f"{name!r:.80} is no file's name: {error}") from error
     if not file.is_relative_to(root.resolve()):
         raise ValueError(f"{name} lies outside {root.resolve()}, where the files that a data file names must be")
     return file

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flowalign.media import FILES, INLINE
+from flowalign.preferences import Preferences
 from flowalign.prompts import HubPrompts, as_prompts
 
 Row = dict[str, Any]
@@ -51,6 +52,10 @@ def dataset(folder: Path, row: Row) -> Row:
 
 KINDS: list[Callable[[Path, Row], Row]] = [lines, cells, tabs, parquet, dataset]
 OUTSIDE = ["/etc/hostname", "../secret/s.png", "in/../../secret/s.png", "link.png", "out/s.png"]
+ODD = [
+    "C:\\s.png", "C:/s.png", "in\\s.png", "..\\secret\\s.png", "\\\\host\\share\\s.png", "~/s.png", "file:///etc/hostname",
+    "circle.png", "circle.png/s.png", "in\0s.png", "/etc/hostname\0.png", 300 * "x",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -63,6 +68,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     os.symlink(tmp_path / "secret" / "s.png", tmp_path / "data" / "link.png")
     os.symlink(tmp_path / "secret", tmp_path / "data" / "out")
     os.symlink(tmp_path / "data" / "in" / "s.png", tmp_path / "data" / "within.png")
+    os.symlink("circle.png", tmp_path / "data" / "circle.png")
     monkeypatch.chdir(tmp_path / "secret")
     return tmp_path / "data"
 
@@ -85,6 +91,16 @@ def test_files_are_relative_to_the_data_and_in_its_folder(read, key, data):
     for name in ("s.png", "in", ""):  # the first is in the working folder
         with pytest.raises(ValueError, match=r"(:\d|row 0): the reference .* is not a file"):
             read(data, named(key, name))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_name_of_another_system_or_of_no_file_is_one_line(name, data):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: .* (is not a file|is no file's name: .*)$"):
+        lines(data, named("image", name))
+    row = {"prompt": "x", "first": "in/s.png", "second": name, "label": "first"}
+    (data / "q.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: .* (is not a file|is no file's name: .*)$"):
+        Preferences(str(data / "q.jsonl"))
 
 
 @pytest.mark.parametrize("read", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -146,7 +147,7 @@ class TablePreferences(PreferenceSet):
         if self.root is None:
             raise ValueError(f"{told} is a file's name, and {self.table.where} has no folder: say `root`")
         file = confined(self.root, told)
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path.is_file raises for a name that is too long
             raise ValueError(f"{told} cannot be read as a picture or video: {file} is not a file")
         return Medium(file)
 
