@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flowalign.media import FILES, INLINE
-from flowalign.preferences import Preferences
+from flowalign.preferences import HubPreferences, Preferences
 from flowalign.prompts import HubPrompts, as_prompts
 
 Row = dict[str, Any]
@@ -50,7 +50,33 @@ def dataset(folder: Path, row: Row) -> Row:
     return HubPrompts(str(folder)).all().metadata[0]
 
 
+def pair_lines(folder: Path, row: Row) -> Row:
+    told = {"prompt": "x", "first": "in/s.png", "second": "within.png", "label": "first", "metadata": row}
+    (folder / "q.jsonl").write_text(json.dumps(told))
+    return Preferences(str(folder / "q.jsonl")).rows([0])[0].metadata
+
+
+def pair_list(folder: Path, row: Row) -> Row:
+    (folder / "q.json").write_text(json.dumps([{"prompt": "x", "path1": "in/s.png", "path2": "within.png"} | row]))
+    return Preferences(str(folder / "q.json")).rows([0])[0].metadata
+
+
+def pair_parquet(folder: Path, row: Row) -> Row:
+    pa, written = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    told = {"prompt": "x", "chosen": "in/s.png", "rejected": "within.png"} | row
+    written.write_table(pa.table({name: [value] for name, value in told.items()}), folder / "q.parquet")
+    return Preferences(str(folder / "q.parquet")).rows([0])[0].metadata
+
+
+def pair_dataset(folder: Path, row: Row) -> Row:
+    datasets = pytest.importorskip("datasets")
+    told = {"prompt": "x", "chosen": "in/s.png", "rejected": "within.png"} | row
+    datasets.Dataset.from_dict({name: [value] for name, value in told.items()}).save_to_disk(folder)
+    return HubPreferences(str(folder)).rows([0])[0].metadata
+
+
 KINDS: list[Callable[[Path, Row], Row]] = [lines, cells, tabs, parquet, dataset]
+KINDS += [pair_lines, pair_list, pair_parquet, pair_dataset]
 OUTSIDE = ["/etc/hostname", "../secret/s.png", "in/../../secret/s.png", "link.png", "out/s.png"]
 ODD = [
     "C:\\s.png", "C:/s.png", "in\\s.png", "..\\secret\\s.png", "\\\\host\\share\\s.png", "~/s.png", "file:///etc/hostname",
@@ -123,3 +149,14 @@ def test_columns_of_pictures_are_no_names(data):
     told = {"prompt": ["x"], "image": [{"bytes": b"x", "path": "../secret/s.png"}], "media": [b"x"]}
     written.write_table(pa.table(told), data / "p.parquet")
     assert as_prompts(str(data / "p.parquet")).all().metadata == ({},)
+
+
+def test_the_root_of_preferences_is_that_of_all_files_that_they_name(data):
+    told = {"prompt": "x", "first": "s.png", "second": "s.png", "label": "first"}
+    path, inside = data / "q.jsonl", str((data / "in" / "s.png").resolve())
+    path.write_text(json.dumps(told | {"metadata": {"image": "s.png", "references": ["s.png"], "kind": "odd"}}))
+    (one,) = Preferences(str(path), root=str(data / "in")).rows([0])
+    assert one.metadata == {"image": inside, "references": [inside], "kind": "odd"}
+    path.write_text(json.dumps(told | {"metadata": {"image": "link.png"}}))
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: the reference .* is not a file"):
+        Preferences(str(path), root=str(data / "in"))

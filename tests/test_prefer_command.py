@@ -167,6 +167,28 @@ def test_a_stopped_making_ends_as_an_unbroken_one(model, tmp_path):
         made(model, tmp_path / "other", reward)
 
 
+def test_files_that_prompts_name_go_with_the_pairs(model, tmp_path, monkeypatch):
+    """The pairs can be read, wherever their folder is: what they name is in it, once for each content."""
+    for name, shade in (("a.png", 0), ("b.png", 255), ("c.png", 0)):
+        Image.new("RGB", (32, 32), (shade,) * 3).save(tmp_path / name)
+    a, b, c = (str(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+    shown = "data:image/png;base64,AAAA"
+    rows = {"references": [a, b], "media": c}, {"references": [b, b], "image": shown}, {"references": [a, b]}
+    monkeypatch.setitem(globals(), "PROMPTS", Prompts(PROMPTS.text, rows))
+    told = [row["metadata"] for row in made(model, tmp_path / "p")]
+    one, other = told[0]["references"]
+    assert told == [
+        {"references": [one, other], "media": one},
+        {"references": [other, other], "image": shown},
+        {"references": [one, other]},
+    ]
+    assert (tmp_path / "p" / other).read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert len([*(tmp_path / "p" / "named").iterdir()]) == 2
+    (tmp_path / "p").rename(tmp_path / "q")
+    found = Preferences(str(tmp_path / "q" / "pairs.jsonl")).rows([0])[0].metadata
+    assert found["media"] == str((tmp_path / "q" / one).resolve())
+
+
 def test_what_shares_a_call_decides_nothing(model, tmp_path):
     few, many = made(model, tmp_path / "few", batch_size=1), made(model, tmp_path / "many", batch_size=64)
     for one, other in zip(few, many, strict=True):

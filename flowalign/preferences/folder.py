@@ -5,6 +5,7 @@ West-of-N (arXiv:2401.12086) for pictures and videos. The folder:
 pairs.jsonl        a line a pair, the better one first, as `flowalign.preferences.Preferences` reads them; "seeds" are
                    [seed, key, sample] of each: its start noise is key_noise(seed, "prefer", key, sample)
 media/             its pictures as PNG, its videos as MP4; of other samples nothing is kept
+named/             files that the prompts name, by their content
 prompts.jsonl      a line for each prompt that has ended, in the order they did: scores of all samples, and counts
 sheet.png          the first pairs, the better one left
 summary.json       at the end: counts
@@ -19,6 +20,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from flowalign import checkpoint
 from flowalign.config import dotted_name, load_yaml
 from flowalign.interrupt import Stopped, StopRequest
+from flowalign.media import FILES, REFERENCES, is_inline
 from flowalign.preferences.making import Judged, Maker
 from flowalign.preferences.records import Medium, Ranking
 from flowalign.preferences.sheet import png, sheet
@@ -37,6 +40,7 @@ from flowalign.tracking import Run, json_lines, write_atomically
 from flowalign.videos import check_writable, mp4
 
 PAIRS, PROMPTS, SHEET = "pairs.jsonl", "prompts.jsonl", "sheet.png"
+DIGITS = 32  # of a copy's SHA-256, that it is called by
 FREE = ("batch_size", "embeddings")  # may be another when the making goes on
 OF_PROMPT = ("negative_prompt", "seed", *SIZES)  # stand beside the pair, what else is told of a prompt below
 
@@ -171,7 +175,28 @@ class Record:
         row |= {"seeds": [[seed, key, member] for member in (first, second)]}  # type: ignore[dict-item]
         row |= {name: told.metadata[name] for name in OF_PROMPT if name in told.metadata}
         more = {name: value for name, value in told.metadata.items() if name not in OF_PROMPT}
-        return row | ({"metadata": more} if more else {})  # type: ignore[dict-item]
+        return row | ({"metadata": self._beside(more)} if more else {})  # type: ignore[dict-item]
+
+    def _beside(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, the files that it names being copied into the folder, where the rows' files must be."""
+
+        def copied(name: str) -> str:
+            if is_inline(name):
+                return name
+            content = Path(name).read_bytes()
+            kept = f"named/{sha256(content).hexdigest()[:DIGITS]}{Path(name).suffix}"
+            if not (self.folder / kept).is_file():
+                (self.folder / "named").mkdir(exist_ok=True)
+                write_atomically(self.folder / kept, content)
+            return kept
+
+        row = dict(told)
+        for key in FILES:
+            if isinstance(row.get(key), str):
+                row[key] = copied(row[key])
+            elif key == REFERENCES and row.get(key):
+                row[key] = [copied(name) for name in row[key]]
+        return row
 
     def _file(self, media: UInt8[Tensor, "*frames 3 h w"]) -> bytes:
         fps = self.maker.model.fps

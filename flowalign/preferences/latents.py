@@ -30,7 +30,7 @@ from flowalign.progress import Progress
 from flowalign.records import Prompts, Size
 from flowalign.tracking import write_atomically
 
-CODE = 1  # raise it where the same media would give other latents
+CODE = 2  # raise it where the same media would give other latents, or the same rows another record
 TOLD = 200  # pieces that are looked at between two lines which say so: some 30 GB at 1024 pixels
 KEPT = 128  # records of pieces that stay in memory, some 60 MB; each read costs milliseconds
 SIGNS = {"first": 1, "second": -1, "tie": 0, "invalid": 0}

@@ -28,6 +28,7 @@ from flowalign.preferences.tables import (
     TSVTable,
 )
 from flowalign.progress import Progress
+from flowalign.prompts.fields import with_files
 
 OnBad = Literal["stop", "skip"]
 REASONS = 5  # of rows that were left out, that are told
@@ -131,6 +132,7 @@ class TablePreferences(PreferenceSet):
                 raise ValueError(row.reason)
             self.columns.check(row)
             told = self.columns.read(row, where)
+            with_files(told.metadata, self.root, where)
             media = tuple(self._medium(one, f"{where}, {i}") for i, one in enumerate(self.columns.media(row), 1))
         except ValueError as error:
             text = str(error)
@@ -183,7 +185,8 @@ class Preferences(TablePreferences):
     Args:
         source: the file or folder.
         columns: what its columns mean, where it is none of these.
-        root: the folder that media are relative to and must be in; by default that of the file.
+        root: the folder that media, and other files that a row names, are relative to and must be in; by default that
+            of the file.
         pairing: which pairs a ranking becomes: `flowalign.preferences.all_pairs` or `.best_and_worst`.
         on_bad: stop at the first bad row, or skip bad ones, counted and told.
         split: take the rows whose "split" says so only.

@@ -30,7 +30,7 @@ Found = Mapping[str, Any] | Broken
 class Table(ABC):
     """Rows by their number.
 
-    where: of the table in messages. root: the folder that media are relative to and must be in, if they are files.
+    where: of the table in messages. root: the folder that files are relative to and must be in, if rows name any.
     names: of the columns; of the first row that could be read, where rows may differ.
     """
 

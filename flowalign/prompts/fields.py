@@ -74,7 +74,7 @@ def with_files(row: dict[str, Any], folder: Path | None, where: str) -> None:
         named = row.get(key)
         if key == REFERENCES and key in row:
             if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
-                raise ValueError(f'{where}: "{key}" must be a list of picture files, got {named!r}')
+                raise ValueError(f'{where}: "{key}" must be a list of picture files, got {named!r:.80}')
             row[key] = [_file(name, key, folder, where) for name in named]
         elif isinstance(named, str):
             row[key] = _file(named, key, folder, where)
