@@ -128,7 +128,8 @@ def joint_card(rewards: Sequence[Reward]) -> Card:
     """The card of a combination: it looks at what its terms look at, and at as many samples as the widest of them."""
     widest = max((reward.card.scope for reward in rewards), key=("sample", "group", "set").index)
     kinds = {reward.card.modality for reward in rewards} - {"any"}
-    return Card(modality=kinds.pop() if len(kinds) == 1 else "any", scope=widest)
+    opens = any(reward.card.opens_files for reward in rewards)
+    return Card(modality=kinds.pop() if len(kinds) == 1 else "any", scope=widest, opens_files=opens)
 
 
 def simple_scores(name: str, total: Float[Tensor, " b"], parts: dict[str, Tensor] | None = None) -> Scores:

@@ -129,7 +129,7 @@ class EdgeConsistency(ValueConsistency):
     """
 
     name = "edge_consistency"
-    card = Card(usual=(-0.5, 0.0))
+    card = Card(usual=(-0.5, 0.0), opens_files=True)
 
     def __init__(
         self, blur: float = 1.0, threshold: float = 0.15, softness: float = 0.03, of_media: bool = True

@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from flowalign.media import FILES
 from flowalign.pictures import to_bytes
 from flowalign.records import Media, Prompts, Scores
 
@@ -122,6 +123,9 @@ def _prompts(body: dict[str, Any]) -> Prompts:
     metadata = body.get("metadata") or [{} for _ in texts]
     if not isinstance(metadata, list) or not all(isinstance(one, dict) for one in metadata):
         raise Malformed("metadata must be a list of objects")
+    named = [key for key in FILES if any(key in one for one in metadata)]
+    if named:
+        raise Malformed(f'metadata may not hold "{named[0]}": no files are opened for clients; send condition_images')
     groups = body.get("groups")
     if groups is not None and not (isinstance(groups, list) and all(_is_index(one) for one in groups)):
         raise Malformed("groups must be a list of whole numbers")

@@ -95,7 +95,7 @@ class DepthConsistency(ValueConsistency):
     """
 
     name = "depth_consistency"
-    card = Card("Intel/dpt-hybrid-midas", "Apache-2.0", (-0.2, 0.0))
+    card = Card("Intel/dpt-hybrid-midas", "Apache-2.0", (-0.2, 0.0), opens_files=True)
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class SegmentConsistency(Consistency):
     """
 
     name = "segment_consistency"
-    card = Card("openmmlab/upernet-convnext-small", "MIT", (-5.0, 0.0))
+    card = Card("openmmlab/upernet-convnext-small", "MIT", (-5.0, 0.0), opens_files=True)
 
     def __init__(
         self,

@@ -6,12 +6,14 @@ import queue
 import threading
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
 
 from flowalign.distributed import rank
+from flowalign.media import FILES
 from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward
 from rewards.joined import join_scores
@@ -24,7 +26,8 @@ class RemoteReward(Reward):
 
     Batches travel side by side and come back in order. A server that cannot be had, or whose answer is not what was
     asked for, stops the run with one line; no failure becomes a score. Scores that the server itself could not have are
-    invalid. Sent are pictures, prompts, their metadata and groups, frames per second and references.
+    invalid. Sent are pictures, prompts, their metadata and groups, frames per second and references. Names of files
+    among the metadata (`flowalign.media.FILES`) stay here: a server opens none, and a reward that does is local.
 
     The url comes from the config alone. No redirect is followed, no proxy used, and link-local and metadata addresses
     are refused. Over plain http the token and the pictures can be read on the way: use it on one machine or in a
@@ -92,7 +95,7 @@ class RemoteReward(Reward):
 
     def _ask(self, media: Media, prompts: Prompts, index: list[int], stop: threading.Event) -> Scores:
         name = uuid.uuid4().hex
-        body = encode_request(Request(media.rows(index), prompts.rows(index), name), self.exact)
+        body = encode_request(Request(media.rows(index), without_files(prompts.rows(index)), name), self.exact)
         to = self._free.get()
         try:
             answer = ask(to, "/compute", body, stop)
@@ -149,3 +152,9 @@ class RemoteReward(Reward):
                 first = f"{shown(to, known[0], 64)} with weights {shown(to, known[1], 64)}"
                 raise ValueError(f"{to}: serves {told}, and {self.servers[0]} {first}; servers must serve the same")
         self._checked = True
+
+
+def without_files(prompts: Prompts) -> Prompts:
+    """Prompts whose metadata name no files; references are sent as pictures."""
+    kept = ({key: value for key, value in row.items() if key not in FILES} for row in prompts.metadata)
+    return replace(prompts, metadata=tuple(kept))

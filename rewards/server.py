@@ -40,11 +40,18 @@ class Service:
     At most `concurrency` requests are scored at once, in threads, and eight more wait; others are told 503. A reward
     that is used by more than one thread has to bear that. Clients are told what is wrong with their request and nothing
     of the server: what its reward raises stands in its log, under the number that the client is given.
+
+    Raises: ValueError for a reward that opens files which prompts name: a client could look into any of the server's.
     """
 
     def __init__(self, reward: Reward, token: str = "", max_bytes: int = 64 << 20, concurrency: int = 1) -> None:
         if max_bytes < 1 or concurrency < 1:
             raise ValueError(f"size and concurrency must be at least 1, got {max_bytes} and {concurrency}")
+        if reward.card.opens_files:
+            raise ValueError(
+                f"{reward.name} opens files that prompts name, which a server does not for its clients: use it in the "
+                "run itself, or in a process of its own there (rewards.OwnProcess)"
+            )
         self.reward, self.token, self.max_bytes = reward, token.encode(), max_bytes
         self.concurrency, self._admitted = concurrency, 0
         self._slots = asyncio.Semaphore(concurrency)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -455,6 +456,20 @@ def test_requests_come_through_whole() -> None:
         torch.testing.assert_close(read.media.references[1], references[1], rtol=0, atol=0.501 / 255)
     pictures = decode_request(encode_request(Request(Media(videos[:, 0]), prompts)))
     torch.testing.assert_close(pictures.media.pixels, videos[:, 0], rtol=0, atol=0.501 / 255)
+
+
+def test_names_of_files_stay_here() -> None:
+    """They are this machine's, and a server opens none; references go as pictures."""
+    named = {"image": "/data/a.png", "media": "/data/b.png", "references": ["/data/c.png"], "include": ["clock"]}
+    media = Media(torch.rand(2, 3, 4, 4), references=(torch.rand(1, 3, 4, 4),) * 2)
+    prompts = Prompts(("a", "b"), (named, {"include": []}), (0, 0))
+    with served(honest) as (url, seen):
+        RemoteReward(url)(media, prompts)
+    asked = decode_request(json.dumps(seen[0]["body"]).encode())
+    assert asked.prompts == replace(prompts, metadata=({"include": ["clock"]}, {"include": []}))
+    assert asked.media.references is not None
+    assert prompts.metadata[0] is named
+    assert "image" in named, "the run's own prompts are as they were"
 
 
 def test_metadata_that_is_no_json() -> None:

@@ -24,9 +24,13 @@ from typing import Any
 import pytest
 import torch
 
+from flowalign.cli import main
 from flowalign.config import ConfigError
 from flowalign.records import Media, Prompts, Scores
+from rewards.algebra import Clip
 from rewards.base import Card, Reward, WeightedSum, simple_scores
+from rewards.consistency import EdgeConsistency
+from rewards.frames import OnFrames
 from rewards.jpeg import JPEGCompressibility
 from rewards.payload import Request, encode_request
 from rewards.remote import RemoteReward
@@ -283,6 +287,9 @@ MALFORMED: list[tuple[str, bytes | dict[str, Any], str]] = [
     ("object dtype", {"prompt": ["a"], "tensor": RAW | {"dtype": "object"}}, "one of the dtypes"),
     ("data too short", {"prompt": ["a", "b"], "tensor": RAW | {"dtype": "float32"}}, "not as many"),
     ("metadata", GOOD | {"metadata": [1, 2]}, "list of objects"),
+    ("a file", GOOD | {"metadata": [{}, {"media": "/etc/hostname"}]}, 'may not hold "media": no files are opened'),
+    ("a file to look at", GOOD | {"metadata": [{"image": "a.png"}, {}]}, 'may not hold "image"'),
+    ("files", GOOD | {"metadata": [{"references": ["/etc/hostname"]}, {}]}, 'may not hold "references"'),
     ("one metadata", GOOD | {"metadata": [{}]}, "an entry for each of 2"),
     ("groups", GOOD | {"groups": [0.5, 1]}, "whole numbers"),
     ("huge group", GOOD | {"groups": [2**64, 1]}, "whole numbers"),
@@ -371,6 +378,16 @@ def test_ten_thousand_mutated_bodies() -> None:
     counts = asyncio.run(all_of_them())
     assert set(counts) <= {200, 400, 422}
     assert min(counts[200], counts[400]) > 500, "the mutants reach both ends"
+
+
+def test_a_reward_that_opens_what_prompts_name_is_not_served(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever it is wrapped in; else a client could look into any picture of the server's."""
+    edges = EdgeConsistency()
+    for reward in (edges, 2 * edges - JPEGCompressibility(), OnFrames(edges), Clip(edges, -1, 0)):
+        with pytest.raises(ValueError, match=r"opens files that prompts name, .* use it in the run itself"):
+            Service(reward)
+    assert main(["serve", "rewards.EdgeConsistency", "--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith("flowalign: error: edge_consistency opens files that prompts name")
 
 
 def test_read_reward(tmp_path: Path) -> None:
