@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowalign import checkpoint
 from flowalign.cli import main
 from flowalign.pictures import to_images
 from rewards import LearntReward
@@ -90,6 +91,35 @@ def test_a_stopped_run_ends_as_an_unbroken_one(data, run, monkeypatch):
     assert (folder / "report.json").read_bytes() == (run / "report.json").read_bytes()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(data, run, monkeypatch, capsys):
+    folder, whole = data / "damaged", Fitting.run_epoch
+
+    def interrupted(self, progress):
+        whole(self, progress)
+        if len(self.losses) < 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Fitting, "run_epoch", interrupted)
+        assert train(data, folder) == train(data, folder) == 0
+    older, newer = checkpoint.names(folder / "checkpoints")
+    path = folder / "checkpoints" / newer
+    (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:-1] + b"?")
+    capsys.readouterr()
+    assert train(data, folder) == 0
+    assert f"flowalign: skipped {path}: state.safetensors: its contents have changed" in capsys.readouterr().err
+    expected, found = weights(run), weights(folder)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert (folder / "report.json").read_bytes() == (run / "report.json").read_bytes()
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert checkpoint.names(folder / "checkpoints") == [older, "step-00000003"]
+    for name in (older, "step-00000003"):
+        (folder / "checkpoints" / name / "manifest.json").unlink()
+    assert train(data, folder) == 2
+    assert "no checkpoint in" in capsys.readouterr().err
 
 
 def test_another_config_does_not_go_on_with_a_run(data, run, capsys):

@@ -37,6 +37,7 @@ from tests.families import seeded
 from tests.searches import PRICES, PROMPTS, Identity, brightness, differentiable, job, nearness, tiny_model
 from tests.tiny_wan import tiny_wan
 from trainers import BestOfN, ReNO
+from trainers.last_two import LastTwo
 from trainers.search_cost import Prices, Spent, measured
 from trainers.search_run import Record
 from trainers.search_sheet import sheet
@@ -409,7 +410,7 @@ def film_job(folder: Path) -> ReNO:
 
 def test_a_killed_search_of_videos_comes_to_the_same(tmp_path):
     work(film_job, tmp_path / "whole")
-    broken = functools.partial(dying, film_job, tmp_path / "run", "reward", 5, signal.SIGKILL)
+    broken = functools.partial(dying, film_job, tmp_path / "run", "reward", 3, signal.SIGKILL)
     assert processes.killed(broken) == -signal.SIGKILL
     work(film_job, tmp_path / "run")
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
@@ -458,6 +459,36 @@ def test_results_without_their_checkpoints_are_not_written_over(tmp_path):
         path.write_text("{}")
     with pytest.raises(ValueError, match="holds results but no checkpoint"):
         job(folder).run()
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "manifest.json"])
+def test_of_two_checkpoints_a_damaged_one_is_told_and_the_other_taken(file, unbroken, tmp_path, capsys):
+    make, expected = unbroken
+    broken = functools.partial(dying, make, tmp_path / "run", "reward", 3, signal.SIGKILL)
+    assert processes.killed(broken) == -signal.SIGKILL
+    _, newer = checkpoint.names(tmp_path / "run" / "checkpoints")
+    path = tmp_path / "run" / "checkpoints" / newer / file
+    os.truncate(path, path.stat().st_size // 2)
+    work(make, tmp_path / "run")
+    assert f"flowalign: skipped {path.parent}: " in capsys.readouterr().err
+    assert digest(tmp_path / "run") == expected
+    events = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert "skip" in {json.loads(line)["event"] for line in events}
+
+
+def test_a_damaged_checkpoint_is_none_of_the_two_that_stay(tmp_path):
+    with Run(tmp_path / "run") as run:
+        held = LastTwo(run.folder / "checkpoints")
+        for number in (1, 2, 5):
+            held.save(f"step-{number}", {"number": number})
+        assert checkpoint.names(held.folder) == ["step-2", "step-5"]
+        (held.folder / "step-5" / "state.json").write_text("{}")
+        held = LastTwo(held.folder)
+        path, problems = held.newest(run)
+        assert path == held.folder / "step-2"
+        assert len(problems) == 1
+        held.save("step-3", {"number": 3})
+        assert checkpoint.names(held.folder) == ["step-2", "step-3"]
 
 
 def test_progress_is_told(tmp_path, capsys):

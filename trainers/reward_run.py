@@ -19,6 +19,7 @@ from flowalign.randomness import key_generator
 from flowalign.tracking import Run, TrackerName, json_lines, write_atomically
 from rewards.preference import LearntReward, Pair, load_pairs
 from trainers.facts import refusal
+from trainers.last_two import LastTwo
 from trainers.reward_model import Fitting, Report, RewardFit, agreement, decided, outcomes
 
 FREE = ("folder", "log_with")
@@ -34,7 +35,8 @@ class RewardModel:
         share: in (0, 1); pairs of one prompt are never divided.
         fit: see `RewardFit`.
         hidden, scale: of the head, see `rewards.LearntReward`.
-        folder: where the run is written: `reward/`, `report.json`, and a line of `metrics.jsonl` each epoch.
+        folder: where the run is written: `reward/`, `report.json`, a line of `metrics.jsonl` each epoch, and the last
+            two checkpoints, each of three times the weights (as the optimizer has two moments of each).
 
     Raises: ValueError for files that are no preferences, and on more than one process.
     """
@@ -62,6 +64,7 @@ class RewardModel:
         self.pairs, self.held_out = divide(known, share) if held_out is None else (known, load_pairs(Path(held_out)))
         decided(self.pairs, self.held_out)
         self.reward = LearntReward(model, hidden, scale, device, batch_size)
+        self.checkpoints = LastTwo(self.folder / "checkpoints")
 
     def train(
         self, config: Mapping[str, Any] | None = None, *, resume: bool = False, allow_change: Sequence[str] = ()
@@ -70,7 +73,6 @@ class RewardModel:
 
         Raises: Stopped where a signal asked for it, the last whole epoch being saved; ValueError for another run.
         """
-        checkpoints = self.folder / "checkpoints"
         with StopRequest() as stop, Run(self.folder, resume=resume, log_with=self.log_with) as run:
             before = agreement(*outcomes(self.reward, decided(self.pairs, self.held_out)))
             with Fitting(self.reward, self.pairs, self.settings) as fitting:
@@ -86,7 +88,7 @@ class RewardModel:
                     if stop.asked and done < self.settings.epochs:
                         name = signal.Signals(stop.asked).name
                         told = f"stopped by {name} after epoch {done}; run the same command again to go on"
-                        raise Stopped(stop.asked, f"{told} from {checkpoints}")
+                        raise Stopped(stop.asked, f"{told} from {self.checkpoints.folder}")
                 progress.close()
             report = fitting.report(before, self.held_out)
             self._publish(report)
@@ -96,18 +98,17 @@ class RewardModel:
     def _save(self, run: Run, fitting: Fitting, config: Mapping[str, Any] | None) -> None:
         logs, seconds = run.written(), run.seconds
         told = {"fitting": fitting.state(), "logs": logs, "clock": seconds, "config": config}
-        name = f"step-{len(fitting.losses):08d}"
-        checkpoint.save(self.folder / "checkpoints", name, told, {}, lambda _: None, lambda: {name})
+        self.checkpoints.save(f"step-{len(fitting.losses):08d}", told)
         self._saved = seconds
 
     def _resume(
         self, run: Run, fitting: Fitting, config: Mapping[str, Any] | None, allow_change: Sequence[str]
     ) -> None:
-        """Put the fitting where the newest checkpoint is, if there is one."""
-        folder = self.folder / "checkpoints"
-        path, problems = checkpoint.newest(folder)
+        """Put the fitting where the newest checkpoint that verifies is, if there is one."""
+        path, problems = self.checkpoints.newest(run)
         if path is None and problems:
-            raise ValueError(f"no checkpoint in {folder} can be read ({'; '.join(problems)}); move {self.folder} away")
+            where, why = self.checkpoints.folder, "; ".join(problems)
+            raise ValueError(f"no checkpoint in {where} can be read ({why}); move {self.folder} away")
         known: dict[str, Any] = checkpoint.load(path)[0] if path is not None else {"logs": {}, "clock": 0.0}
         if config is not None and known.get("config") is not None:
             plain = json.loads(json.dumps(config))

@@ -7,7 +7,7 @@ noise/0000.safetensors          what the best was made from (`Search.remake`)
 before_after.png                the first prompts, with the best so far; rewritten now and then
 summary.json                    at the end: means, costs, and the prompts without a valid sample
 metrics.jsonl, events.jsonl     a line each call; what happened
-checkpoints/                    the state; what a kill loses after the last is made again, the same to the last bit
+checkpoints/                    the last two states; what a kill loses after the last is made again, bit by bit
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from flowalign.tracking import Run, json_lines, write_atomically
 from flowalign.videos import check_writable, mp4
 from trainers.facts import under
 from trainers.keeper import MARKER
+from trainers.last_two import LastTwo
 from trainers.search_sheet import SHOWN, png, sheet, strip
 from trainers.search_state import Candidate, Found, SearchState
 
@@ -67,17 +68,17 @@ class Record:
 
     def __init__(self, search: Search, run: Run, config: Mapping[str, Any] | None) -> None:
         self.search, self.run, self.config = search, run, config
-        self.checkpoints, self.results = run.folder / "checkpoints", run.folder / "results.jsonl"
+        self.checkpoints, self.results = LastTwo(run.folder / "checkpoints"), run.folder / "results.jsonl"
         self.rows: list[dict[str, Any]] = []
         self._saved = self._drawn = time.monotonic()
 
     def resume(self) -> SearchState:
-        """The state of the newest checkpoint, or an empty one, which is saved at once.
+        """The state of the newest checkpoint that verifies, or an empty one, which is saved at once.
 
         Raises: ValueError for a folder of another search, and where no checkpoint can be read.
         """
         self._check_config()
-        path, problems = checkpoint.newest(self.checkpoints)
+        path, problems = self.checkpoints.newest(self.run)
         lost = "; ".join(problems) or ("none is there" if self.results.exists() else "")
         if path is None and lost:
             raise ValueError(f"{self.run.folder} holds results but no checkpoint ({lost}); name another folder")
@@ -182,10 +183,9 @@ class Record:
             self._draw(state)
 
     def _save(self, state: SearchState) -> None:
-        name = f"step-{state.rounds:08d}"
         told = {"state": state, "logs": self.run.written(), "clock": self.run.seconds, "facts": self._facts()}
         told["results"] = self.results.stat().st_size
-        checkpoint.save(self.checkpoints, name, told, {}, lambda _: None, lambda: {name})
+        self.checkpoints.save(f"step-{state.rounds:08d}", told)
         self._saved = time.monotonic()
 
     def _draw(self, state: SearchState) -> None:
