@@ -245,8 +245,7 @@ def _as_sum(reward: Reward) -> WeightedSum:
 class FunctionReward(Reward):
     """A callable `(media: Media, prompts: Prompts) -> one number per sample` as a reward.
 
-    The callable may return a tensor [b], a sequence of b numbers, or `Scores`. What is not finite, or None, is not
-    valid.
+    It may return a tensor [b], a sequence of b numbers, or `Scores`. None and what is not finite are not valid.
 
     Raises: ValueError where the callable returns something else, or another number of scores.
     """

@@ -520,6 +520,8 @@ def test_what_is_not_valid_stops_or_is_left_out(tmp_path) -> None:
     dpo_job(tmp_path / "drop", on_invalid="drop", **settings).train(report=False)
     (row,) = rows(tmp_path / "drop")
     assert (row["invalid"], row["pairs"], row["ties"]) == (3, 3, 0)
+    dpo_job(tmp_path / "groups", on_invalid="drop_group", **settings).train(report=False)
+    assert [row["invalid"] for row in rows(tmp_path / "groups")] == [3]
 
 
 def test_a_loss_that_is_not_finite_is_written_down_and_stops_the_run(tmp_path) -> None:

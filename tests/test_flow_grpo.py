@@ -184,6 +184,33 @@ def test_scores_that_are_not_valid_stop_the_run_or_are_left_out_and_counted(tmp_
     assert torch.isfinite(torch.tensor(summary(batch)["reward"]))
 
 
+def third(media: Media, prompts: Prompts) -> torch.Tensor:
+    """The level, which cannot be had for one sample of the group of number 1."""
+    scores, groups = level(media, prompts), torch.tensor(prompts.groups)
+    first = (groups == 1).nonzero().flatten()[:1]
+    return scores.index_fill(0, first, torch.nan)
+
+
+def test_whole_groups_are_left_out_where_asked(tmp_path):
+    """What is learned of the other groups is what they would be alone; what cannot be had of all ends the run."""
+    sampling = Sampling(AllSteps(FlowSDE(0.7)), groups=3, group_size=4, batch_size=12, steps=STEPS)
+    run = trainer(tmp_path / "a", FlowSDE(0.7), third, sampling=sampling, on_invalid="drop_group")
+    plain = trainer(tmp_path / "b", FlowSDE(0.7), sampling=sampling, advantages=group_advantages)
+    run.advantages = group_advantages
+    batch, whole = run.collect(0), plain.collect(0)
+    gone = batch.group_ids == 1
+    assert gone.sum() == summary(batch)["invalid"] == 4
+    assert batch.weights[gone].eq(0).all()
+    assert torch.equal(batch.weights[~gone], whole.weights[~gone])
+    assert torch.equal(batch.advantages[~gone], whole.advantages[~gone])
+
+    def none(media: Media, prompts: Prompts) -> torch.Tensor:
+        return level(media, prompts).where(torch.arange(len(media)) % 4 > 0, torch.nan)
+
+    with pytest.raises(ValueError, match="3 of 12 scores of epoch 0 are not valid, and no group is whole; mend"):
+        trainer(tmp_path / "c", FlowSDE(0.7), none, sampling=sampling, on_invalid="drop_group").collect(0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -10,7 +10,7 @@ sampler does not enter. The authors hold the policy near two others: the referen
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from flowalign.records import Scores
 from flowalign.tracking import TrackerName
 from flowalign.transitions import mean_of_elements
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.forward_advantages import (
     Advantages,
@@ -99,7 +99,8 @@ class AWM(ForwardAdvantageTrainer):
             that an epoch starts with, and rho compares to that.
         times: at which t a sample is noised in an optimizer step, by default the authors' 6 strata of the grid.
         guidance_scale: of the velocities, 1 for none. Samples have `sampling`'s: the authors take none for either.
-        on_invalid: what to do about samples whose score is not valid: stop, or leave them out and count them.
+        on_invalid: what to do about samples whose score is not valid: stop, or leave them, or their whole groups, out
+            and count them.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class AWM(ForwardAdvantageTrainer):
         guidance_scale: float = 1.0,
         folder: str = "runs/awm",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
     ) -> None:
         if not clip_range > 0 or older_coef < 0:

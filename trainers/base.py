@@ -10,12 +10,15 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import DiffusionPipeline
+from jaxtyping import Int
+from torch import Tensor
 
 from flowalign.accounting import Rows
 from flowalign.distributed import check_started, on_main, split_calls, telling, world_size
@@ -31,7 +34,7 @@ from rewards.algebra import running_normalisers
 from rewards.base import Reward, as_reward
 from rewards.process import ending
 from trainers.alarms import over
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.collection import Collection, Epoch
 from trainers.evaluated import due, evaluate
 from trainers.evaluation import Asked, Evaluation, Evaluator
@@ -73,7 +76,7 @@ class Trainer(ABC):
         updates_per_epoch: int,
         folder: str,
         seed: int,
-        on_invalid: Literal["stop", "drop"],
+        on_invalid: OnInvalid,
         log_with: Sequence[TrackerName],
     ) -> None:
         check_started()
@@ -182,14 +185,21 @@ class Trainer(ABC):
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
 
-    def check_valid(self, scores: Scores, epoch: int) -> None:
-        """Raises: ValueError where scores are not valid, and `on_invalid` says stop or none is left."""
-        invalid = int((~scores.valid).sum())
-        if invalid and (self.on_invalid == "stop" or invalid == len(scores)):
+    def usable(self, scores: Scores, epoch: int, group_ids: Int[Tensor, " b"] | None = None) -> Scores:
+        """The same scores, of which those that may be learned from are valid: with `drop_group` those of whole groups.
+
+        Raises: ValueError where scores are not valid, and `on_invalid` says stop or none is left.
+        """
+        invalid, valid = int((~scores.valid).sum()), scores.valid
+        if invalid and self.on_invalid == "drop_group" and group_ids is not None:
+            valid = ~torch.isin(group_ids, group_ids[~valid])
+        if invalid and (self.on_invalid == "stop" or not valid.any()):
             raise ValueError(
-                f"{invalid} of {len(scores)} scores of epoch {epoch} are not valid; "
-                "mend the reward, or set on_invalid: drop"
+                f"{invalid} of {len(scores)} scores of epoch {epoch} are not valid"
+                + (", and no group is whole" if 0 < invalid < len(scores) and self.on_invalid == "drop_group" else "")
+                + "; mend the reward, or set on_invalid: drop"
             )
+        return replace(scores, valid=valid)
 
     def fill(self, epoch: Epoch, keeper: Keeper | None, clean: bool = False) -> list[Collected]:
         """This process's micro-batches of rollouts; see `trainers.overlap.fill`."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from flowalign.randomness import key_generator
 from flowalign.records import Condition, Scores, Size, Step, join_steps
 from flowalign.schedules import Deterministic, Path, Plan
 from trainers.state import Collected
+
+OnInvalid = Literal["stop", "drop", "drop_group"]  # where a score is not valid
 
 
 @dataclass(frozen=True)

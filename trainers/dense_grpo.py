@@ -14,7 +14,7 @@ against the next stochastic one, or against x_0. With fewer, the ODE steps betwe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
@@ -31,7 +31,7 @@ from flowalign.tracking import Run, TrackerName
 from flowalign.transitions import FlowSDE, Reduce, exact_kl, gaussian_log_prob, mean_of_elements
 from flowalign.windows import PromptPlan
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.completed import CompletedCollection, Steps, completed_rewards_of
 from trainers.evaluation import Evaluation
 from trainers.flow_grpo import KL, Advantages, FlowGRPO
@@ -117,7 +117,7 @@ class DenseGRPO(FlowGRPO):
         unconditional_grad: bool = False,
         folder: str = "runs/dense_grpo",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
         selection: Selection = EverySample(),
         refresh: Refresh = Refresh(),

@@ -11,7 +11,7 @@ reward of the denoised latents' picture; the authors have a network on noisy lat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,7 +30,7 @@ from flowalign.schedules import AllSteps, Path
 from flowalign.tracking import TrackerName
 from flowalign.transitions import DanceSDE, Reduce, exact_kl, gaussian_log_prob, mean_of_elements
 from rewards.base import Reward, as_reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.collection import Collection
 from trainers.evaluation import Evaluation
 from trainers.flow_grpo import KL, Advantages, FlowGRPO
@@ -102,7 +102,7 @@ class Euphonium(FlowGRPO):
         unconditional_grad: bool = False,
         folder: str = "runs/euphonium",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
         ratio_check: RatioCheck = "recompute",
     ) -> None:

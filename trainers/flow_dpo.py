@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -28,7 +28,7 @@ from flowalign.prompts import PromptData
 from flowalign.tracking import TrackerName
 from flowalign.transitions import Reduce, mean_of_elements
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.forward_source import SCORE, Pairs
 from trainers.forward_steps import Noised
@@ -102,7 +102,8 @@ class FlowDPO(PairTrainer):
         refresh: epochs after which the reference becomes the policy; 0 for never.
         sample_reference: draw samples by the reference, as flow_grpo does, and not by the policy.
         guidance_scale: of the velocities that are compared, 1 for none; a network that is told its guidance is told it.
-        on_invalid: what to do about samples whose score is not valid: stop, or leave them out and count them.
+        on_invalid: what to do about samples whose score is not valid: stop, or leave them, or their whole groups, out
+            and count them.
 
     Ties and what is not valid teach nothing, and are counted.
     """
@@ -130,7 +131,7 @@ class FlowDPO(PairTrainer):
         guidance_scale: float = 1.0,
         folder: str = "runs/flow_dpo",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
     ) -> None:
         if not beta > 0 or refresh < 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
@@ -30,7 +30,7 @@ from flowalign.tracking import TrackerName
 from flowalign.transitions import FlowSDE, Reduce, exact_kl, gaussian_log_prob, mean_of_elements
 from rewards.base import Reward, as_reward
 from rewards.terms import with_terms
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.by_term import ByTerm
 from trainers.evaluation import Evaluation
 from trainers.keeper import Checkpoints
@@ -71,7 +71,8 @@ class FlowGRPO(PolicyTrainer):
         unconditional_grad: under guidance, whether gradient runs through the unconditional half too.
         folder: where the run is written.
         seed: of all randomness.
-        on_invalid: what to do about samples whose score is not valid: stop, or leave them out and count them.
+        on_invalid: what to do about samples whose score is not valid: stop, or leave them, or their whole groups, out
+            and count them.
         log_with: trackers through accelerate, none by default.
         selection: which samples the update takes: `trainers.resampling`, whose `DropEqual`, `BestAndWorst` and
             `Resample` spend nothing on samples that teach nothing.
@@ -103,7 +104,7 @@ class FlowGRPO(PolicyTrainer):
         unconditional_grad: bool = False,
         folder: str = "runs/flow_grpo",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
         selection: Selection = EverySample(),
         refresh: Refresh = Refresh(),

@@ -10,7 +10,7 @@ by the policy as it is (1), each round tilts the law of the one before, and the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,7 +22,7 @@ from flowalign.prompts import PromptData
 from flowalign.records import Scores
 from flowalign.tracking import TrackerName
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.forward_steps import Units
 from trainers.forward_times import LogitNormalTimes, Times
@@ -87,7 +87,8 @@ class FlowRWR(RegressionTrainer):
         times: the law of t, and how many t and e a sample gets in an optimizer step.
         guidance_scale: of the velocity that is trained, 1 for none. Samples have `sampling`'s: where that is above 1,
             the policy learns to do without.
-        on_invalid: what to do about samples whose score is not valid: stop, or give them weight 0 and count them.
+        on_invalid: what to do about samples whose score is not valid: stop, or give them, or their whole groups, weight
+            0 and count them.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class FlowRWR(RegressionTrainer):
         guidance_scale: float = 1.0,
         folder: str = "runs/flow_rwr",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
     ) -> None:
         if not temperature > 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from flowalign.prompts import PromptData
 from flowalign.tracking import Run, TrackerName
 from flowalign.transitions import mean_of_elements
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.forward_process import ForwardProcessTrainer
 from trainers.forward_steps import Noised
@@ -85,7 +85,7 @@ class ForwardAdvantageTrainer(ForwardProcessTrainer):
         guidance_scale: float,
         folder: str,
         seed: int,
-        on_invalid: Literal["stop", "drop"],
+        on_invalid: OnInvalid,
         log_with: Sequence[TrackerName],
     ) -> None:
         if kl_coef < 0:

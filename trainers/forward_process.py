@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,7 +34,7 @@ from flowalign.schedules import Path
 from flowalign.tracking import TrackerName
 from rewards.base import Reward
 from trainers.base import Trainer, Worked
-from trainers.batch import Sampling, parts_of, valid_rows
+from trainers.batch import OnInvalid, Sampling, parts_of, valid_rows
 from trainers.collection import Epoch
 from trainers.evaluation import Evaluation
 from trainers.forward_source import NoReward, Pairs, PolicySamples, Source, StoredPairs
@@ -81,7 +81,7 @@ class ForwardProcessTrainer(Trainer):
         guidance_scale: float,
         folder: str,
         seed: int,
-        on_invalid: Literal["stop", "drop"],
+        on_invalid: OnInvalid,
         log_with: Sequence[TrackerName],
     ) -> None:
         check_started()

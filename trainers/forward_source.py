@@ -86,8 +86,7 @@ class PolicySamples(Source):
         total = sampling.groups * sampling.group_size
         mine = self.shares(epoch, data_size(), sampling.batch_size)[data_rank()]
         scores = gather_scores([part.scores for part in parts], mine, total)
-        trainer.check_valid(scores, epoch.number)
-        return scores
+        return trainer.usable(scores, epoch.number, torch.arange(total) // sampling.group_size)
 
     def shares(self, epoch: Epoch, processes: int, batch_size: int) -> list[range]:
         cuts = [row * epoch.members for row in epoch.cuts(batch_size)]

@@ -12,7 +12,7 @@ the sum is clipped, not its terms (github.com/bcmi/Granular-GRPO).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
@@ -28,7 +28,7 @@ from flowalign.tracking import TrackerName
 from flowalign.transitions import FlowSDE, Reduce, exact_kl, gaussian_log_prob, mean_of_elements
 from rewards.base import Reward, as_reward
 from rewards.terms import Terms, with_terms
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.fanned import FannedCollection, fanned_rewards_of
 from trainers.flow_grpo import KL, FlowGRPO
@@ -96,7 +96,7 @@ class G2RPO(FlowGRPO):
         unconditional_grad: bool = False,
         folder: str = "runs/g2rpo",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
         ratio_check: RatioCheck = "recompute",
     ) -> None:

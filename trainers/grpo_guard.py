@@ -12,7 +12,7 @@ a step ended less its noise, which is drawn again by its key.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -31,7 +31,7 @@ from flowalign.step_weights import StepWeights, inverse_dt, spread_of
 from flowalign.tracking import TrackerName
 from flowalign.transitions import FlowSDE, Reduce, exact_kl, gaussian_log_prob, mean_of_elements
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.keeper import Checkpoints
@@ -75,7 +75,7 @@ class GRPOGuard(FlowGRPO):
         unconditional_grad: bool = False,
         folder: str = "runs/grpo_guard",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
         selection: Selection = EverySample(),
         refresh: Refresh = Refresh(),

@@ -12,7 +12,7 @@ reference; so do we.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
@@ -25,7 +25,7 @@ from flowalign.records import Scores
 from flowalign.tracking import TrackerName
 from flowalign.transitions import mean_of_elements
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.forward_advantages import (
     Advantages,
@@ -116,7 +116,8 @@ class DiffusionNFT(ForwardAdvantageTrainer):
         times: at which t a sample is noised in an optimizer step, by default the authors' 9 of 10 points of the
             rollout's grid.
         guidance_scale: of the velocities, 1 for none. Samples have `sampling`'s: the authors take none for either.
-        on_invalid: what to do about samples whose score is not valid: stop, or leave them out and count them.
+        on_invalid: what to do about samples whose score is not valid: stop, or leave them, or their whole groups, out
+            and count them.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class DiffusionNFT(ForwardAdvantageTrainer):
         guidance_scale: float = 1.0,
         folder: str = "runs/nft",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
     ) -> None:
         if not beta > 0 or not adv_clip > 0:

@@ -90,7 +90,7 @@ class PathSteps(OptimizerSteps):
         """The gradient is a mean over all samples so far: make it one over those with a valid score."""
         optimizer, known = self.trainer.optimizer, int(scores.valid.sum())
         try:
-            self.trainer.check_valid(scores, self.epoch.number)
+            self.trainer.usable(scores, self.epoch.number)
         except ValueError:
             optimizer.discard()
             raise

@@ -196,7 +196,7 @@ class PolicyTrainer(Trainer):
             scores = gather_scores(
                 [part.scores for part in parts], expand_rows(rows, epoch.members).tolist(), len(epoch.group_ids)
             )
-            self.check_valid(scores, number)
+            scores = self.usable(scores, number, epoch.group_ids)
             known = scores.valid
             total, groups = scores.total[known], epoch.group_ids[known]
             again = self.selection.again(total, groups, self.sampling, len(epoch.rounds))

@@ -40,5 +40,4 @@ def measured(trainer: Trainer, collection: Collection, number: int, keeper: Keep
     at, total = range(rows.start * members, rows.stop * members), len(epoch.rows) * members
     scores = gather_scores([made[index].scores for index in mine], at, total)
     model.meter.take()  # no epoch's costs
-    trainer.check_valid(scores, number)
-    return scores
+    return trainer.usable(scores, number, epoch.group_ids)

@@ -11,7 +11,7 @@ prefers easy prompts. What few steps or guidance do to samples adds up over roun
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,7 +23,7 @@ from flowalign.prompts import PromptData
 from flowalign.records import Scores
 from flowalign.tracking import TrackerName
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.forward_steps import Units
 from trainers.forward_times import LogitNormalTimes, Times
@@ -107,7 +107,7 @@ class RAFT(RegressionTrainer):
         guidance_scale: float = 1.0,
         folder: str = "runs/raft",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
     ) -> None:
         if not 0 < top_share <= 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from flowalign.records import Scores
 from flowalign.tracking import TrackerName
 from flowalign.transitions import mean_of_elements
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.collection import Epoch
 from trainers.evaluation import Evaluation
 from trainers.forward_process import ForwardProcessTrainer
@@ -68,7 +68,7 @@ class RegressionTrainer(ForwardProcessTrainer):
         guidance_scale: float,
         folder: str,
         seed: int,
-        on_invalid: Literal["stop", "drop"],
+        on_invalid: OnInvalid,
         log_with: Sequence[TrackerName],
     ) -> None:
         if passes < 1 or refresh < 0:

@@ -13,7 +13,7 @@ five of ten steps, with noise level 1, groups of 16 and eps 2e-4, the defaults h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -29,7 +29,7 @@ from flowalign.transitions import FlowSDE, Reduce, exact_kl, gaussian_log_prob, 
 from flowalign.windows import Jump
 from rewards.base import Reward
 from trainers.active_steps import ActiveCollection, ActiveSteps, choose_start
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.keeper import Checkpoints, Keeper
@@ -77,7 +77,7 @@ class Talk2Move(FlowGRPO):
         unconditional_grad: bool = False,
         folder: str = "runs/talk2move",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
         selection: Selection = EverySample(),
         refresh: Refresh = Refresh(),

@@ -12,7 +12,7 @@ Where the only branching is at the first stochastic step, both are Flow-GRPO wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -40,7 +40,7 @@ from flowalign.trees import (
     trees_fit,
 )
 from rewards.base import Reward
-from trainers.batch import Sampling
+from trainers.batch import OnInvalid, Sampling
 from trainers.evaluation import Evaluation
 from trainers.flow_grpo import KL, Advantages, FlowGRPO
 from trainers.keeper import Checkpoints
@@ -94,7 +94,7 @@ class TreeGRPO(FlowGRPO):
         unconditional_grad: bool = False,
         folder: str = "runs/tree_grpo",
         seed: int = 0,
-        on_invalid: Literal["stop", "drop"] = "stop",
+        on_invalid: OnInvalid = "stop",
         log_with: tuple[TrackerName, ...] = (),
         supervised: Supervised | None = None,
         ratio_check: RatioCheck = "recompute",

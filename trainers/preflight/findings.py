@@ -49,6 +49,8 @@ def _invalid(trainer: Trainer, rollouts: Rollouts) -> Found:
         return error(f"{said}: there is nothing to learn from. Mend the reward")
     if trainer.on_invalid == "stop":
         return error(f"{said}, and on_invalid: stop ends the run at the first one. Mend the reward, or set it to drop")
+    if trainer.on_invalid == "drop_group":
+        return warning(f"{said}; their whole groups are left out, as on_invalid: drop_group says")
     return warning(f"{said}; they are left out, as on_invalid: drop says. Their groups are smaller and noisier")
 
 
