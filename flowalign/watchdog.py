@@ -3,6 +3,9 @@
 A note is one small entry in the store at which the processes have met, written when a phase begins or ends and read by
 those who wait. Alone, a process notes nothing.
 
+The first process keeps the store. Where it hangs the store does not answer, and torch sets a question no limit: one is
+asked in a thread of its own, and given up in time.
+
 Moments are seconds since the processes have met, by each one's steady clock: they all meet within a moment, while the
 hosts' wall clocks may be hours apart or be set amid a run.
 """
@@ -21,6 +24,7 @@ from typing import Any
 WAITING = "waiting for the others"
 STARTING, BETWEEN = "starting", "between two phases"
 LEFT_AFTER = 0.5  # of the time that others are waited for, before a line says for whom
+ANSWERED_IN = 3.0  # seconds that the store may take; on the hosts of one run it takes some milliseconds
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Watchdog:
         self._open = [(STARTING, self._now())]
         self._waiting: float | None = None
         self._left = threading.Event()
+        self._turn = threading.Lock()  # at the store, which keeps a second thread waiting for the first one's answer
         self._thread = threading.Thread(target=self._watch, name="flowalign-watchdog", daemon=True)
         self.write()
         self._thread.start()
@@ -76,22 +81,36 @@ class Watchdog:
     def write(self, failed: str = "") -> None:
         """Note what this process does now, or what it has failed with."""
         doing, since = self._open[-1]
+        if not self._turn.acquire(timeout=ANSWERED_IN):
+            return  # a note is not worth a run: the store does not answer, and the next exchange says so
         try:
             self.store.set(f"flowalign/{self.rank}", json.dumps([doing, since, failed]))
         except RuntimeError:
-            return  # a note is not worth a run: the store has gone, and the next exchange says so
+            return  # it has gone
+        finally:
+            self._turn.release()
 
-    def notes(self) -> list[Note]:
-        """The others', as far as they can be read."""
-        found = []
-        for rank in range(self.world):
-            try:
+    def notes(self) -> list[Note] | None:
+        """The others', as far as they can be read; None where the store does not answer."""
+        if not self._turn.acquire(timeout=ANSWERED_IN):
+            return None  # to one who has asked before
+        found: list[Note] = []
+        reader = threading.Thread(target=self._read, args=(found,), name="flowalign-notes", daemon=True)
+        reader.start()
+        reader.join(timeout=ANSWERED_IN)
+        return None if reader.is_alive() and not found else [*found]
+
+    def _read(self, found: list[Note]) -> None:
+        """Notes, one by one as they are read; then the turn, which is this thread's, is over."""
+        try:
+            for rank in range(self.world):
                 if rank != self.rank and self.store.check([f"flowalign/{rank}"]):
                     doing, since, failed = json.loads(self.store.get(f"flowalign/{rank}"))
                     found.append(Note(rank, doing, max(self._now() - since, 0.0), failed))
-            except RuntimeError:
-                break  # the process that keeps the store has gone
-        return found
+        except RuntimeError:
+            return  # the process that keeps the store has gone
+        finally:
+            self._turn.release()
 
     def blamed(self, gone: bool) -> str:
         """Those who have failed, else those who do not wait; empty where nothing is known of any.
@@ -100,6 +119,8 @@ class Watchdog:
             gone: a process has left, which then is one of those.
         """
         notes = self.notes()
+        if notes is None:
+            return f"process 0, which keeps the notes of all, does not answer; this one was {self._mine()}"
         failed = [f"process {note.rank}: {note.failed}" for note in notes if note.failed]
         busy = [note for note in notes if note.doing != WAITING]
         if failed or not busy:
@@ -109,6 +130,11 @@ class Watchdog:
         if len(busy) == 1:
             return f"process {busy[0].rank} has gone, {busy[0].where}"
         return "one of these has gone: " + ", ".join(f"process {note.rank} {note.where}" for note in busy)
+
+    def _mine(self) -> str:
+        """Where this process is, or was before it waited, for one line of an error."""
+        doing = next(doing for doing, _ in reversed(self._open) if doing != WAITING)
+        return Note(self.rank, doing, 0.0).where
 
     def _watch(self) -> None:
         """Once for each time that waiting takes long."""

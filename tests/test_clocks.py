@@ -42,7 +42,7 @@ def ages(rank: int) -> list[float]:
         for seconds in (0.0, 0.5):
             time.sleep(seconds)
             distributed.largest([0.0])
-            found += [note.age for note in watch.notes()]
+            found += [note.age for note in watch.notes() or []]
             distributed.largest([0.0])
     return found
 

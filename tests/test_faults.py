@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -205,6 +206,58 @@ def test_a_process_that_hangs_is_named_with_what_it_does(tmp_path):
     assert "where it is only slow, set FLOWALIGN_TIMEOUT to more seconds" in line
 
 
+def test_the_process_that_keeps_the_notes_is_named_where_it_hangs_itself(tmp_path):
+    """Stopped whole, so that nothing of it answers, as if its host were gone."""
+
+    def change(rank: int) -> None:
+        from rewards import JPEGCompressibility
+
+        os.environ["FLOWALIGN_TIMEOUT"] = "3"
+        if rank == 0:
+            JPEGCompressibility.score = lambda *arguments: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore
+
+    shared = [word for word in train(tmp_path) if "batch_size" not in word] + ["--sampling.batch_size=1"]
+    _, second = launched(tmp_path, shared, change, leave=[0])
+    assert second.code == 2, "and it ends by itself"
+    silent = r"process 0, which keeps the notes of all, does not answer; this one was \w+"
+    early = [line for line in second.said.splitlines() if "has waited for" in line]
+    assert all(re.search(f"process 1 has waited for \\d+ s: {silent}", line) for line in early)
+    assert re.search(f"error: waited for 3 s: {silent}.*; where it is only slow, set FLOWALIGN", error_of(second))
+
+
+class Silent:
+    """A store that takes notes, and answers nothing until it is told to."""
+
+    def __init__(self) -> None:
+        self.taken, self.answers = list[str](), threading.Event()
+
+    def set(self, name: str, value: str) -> None:
+        self.taken.append(value)
+
+    def check(self, names: list[str]) -> bool:
+        return not self.answers.wait(60)
+
+
+def test_no_process_waits_for_a_store_that_does_not_answer(monkeypatch):
+    """To note something neither, while another thread's question is open; once it answers all is as before."""
+    monkeypatch.setattr(watchdog, "ANSWERED_IN", 0.05)
+    store = Silent()
+    watch = watchdog.Watchdog(store, 1, 2, 600)
+    try:
+        watch.enter("reward")
+        told = "process 0, which keeps the notes of all, does not answer; this one was in reward"
+        assert [watch.blamed(gone) for gone in (False, True)] == [told, told]
+        watch.write("left out")
+        store.answers.set()
+        while watch.notes() is None:
+            time.sleep(0.01)
+        watch.write("noted")
+    finally:
+        watch.close()
+    noted = [(doing, failed) for doing, _, failed in map(json.loads, store.taken)]
+    assert noted == [("starting", ""), ("reward", ""), ("reward", "noted")]
+
+
 def test_what_one_process_fails_with_is_said_by_all(tmp_path):
     def change(rank: int) -> None:
         if rank == 1:
@@ -236,7 +289,7 @@ def phases(rank: int) -> list[tuple[int, str]]:
 
     def look() -> None:
         distributed.largest([0.0])
-        found.extend((note.rank, note.doing) for note in watch.notes())
+        found.extend((note.rank, note.doing) for note in watch.notes() or [])
         distributed.largest([0.0])
 
     meter = Meter()
