@@ -21,6 +21,7 @@ import torch
 
 from flowalign.config import ConfigError, build, load_yaml
 from rewards.base import Reward, as_reward
+from rewards.connections import server
 from rewards.payload import Malformed, decode_request, encode_scores
 from rewards.wire import read_secret
 
@@ -261,8 +262,6 @@ def run(
     if allow_code and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # at the end: the user's modules are found, and hide none of ours
     app = make_app(Service(read_reward(reward, allow_code), token, max_mb << 20, concurrency))
-    import uvicorn
-
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     try:
         bound = socket.create_server((host, port), family=family)
@@ -270,8 +269,7 @@ def run(
         raise OSError(f"--port {port} of {host} cannot be had: {error.strerror}") from error
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {reward} at http://{shown}:{bound.getsockname()[1]}", flush=True)
-    settings = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     try:
-        uvicorn.Server(settings).run(sockets=[bound])
+        server(app).run(sockets=[bound])
     finally:
         bound.close()

@@ -27,6 +27,7 @@ import torch
 from flowalign.cli import main
 from flowalign.config import ConfigError
 from flowalign.records import Media, Prompts, Scores
+from rewards import connections
 from rewards.algebra import Clip
 from rewards.base import Card, Reward, WeightedSum, simple_scores
 from rewards.consistency import EdgeConsistency
@@ -459,3 +460,100 @@ def test_command_and_client(tmp_path: Path) -> None:
         process.send_signal(2)
         out, errors = process.communicate(timeout=10)
         assert (process.returncode, out, errors) in ((0, "", ""), (130, "", "flowalign: stopped\n"))
+
+
+@contextmanager
+def listening(service: Service) -> Iterator[tuple[str, int]]:
+    """Its address, in a thread of this process."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # and of all that it accepts
+        server = connections.server(make_app(service))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        try:
+            yield bound.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def ended(held: socket.socket) -> bool:
+    """Whether the other side hangs up, within ten seconds, and what it may have said before."""
+    held.settimeout(10)
+    try:
+        while held.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def asked(held: socket.socket, path: str = "/health") -> bytes:
+    """The beginning of the answer."""
+    held.settimeout(10)
+    held.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+    return held.recv(12)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /health HTTP/1.1\r\nHost: a\r\n",
+        b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\nGET /health",
+        b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nabc",
+    ],
+    ids=["silent", "half a header", "half a second request", "half a body that nobody reads"],
+)
+def test_a_connection_that_asks_nothing_is_closed(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.3)
+    with listening(Service(Brightness(), TOKEN)) as place, socket.create_connection(place) as held:
+        held.sendall(sent)
+        assert ended(held)
+
+
+def flood(held: socket.socket) -> None:
+    """Ask on and on, and take no answer."""
+    while True:
+        held.sendall(b"GET /nowhere HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
+
+
+def test_answers_that_nobody_fetches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the connection, once the buffers on the way are full."""
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.3)
+    with listening(Service(Brightness(), TOKEN)) as place, socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        held.settimeout(10)
+        held.connect(place)
+        with pytest.raises(ConnectionError):  # TimeoutError where all wait for each other
+            flood(held)
+
+
+def test_a_request_may_be_worked_at_for_longer_than_a_connection_may_be_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.3)
+
+    class Slow(Brightness):
+        def score(self, media: Media, prompts: Prompts) -> Scores:
+            time.sleep(0.7)
+            return super().score(media, prompts)
+
+    with listening(Service(Slow())) as (host, port):
+        reward = RemoteReward(f"http://{host}:{port}", budget=20.0)
+        assert reward(Media(torch.rand(1, 3, 4, 4)), Prompts(("a",), ({},))).valid.all()
+
+
+def test_idle_connections_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest first: who connects late and asks at once is answered, whatever others hold open."""
+    monkeypatch.setattr(connections, "MOST", 5)
+    with listening(Service(Brightness(), TOKEN)) as place:
+        held = [socket.create_connection(place) for _ in range(12)]
+        try:
+            with socket.create_connection(place) as late:
+                assert asked(late) == b"HTTP/1.1 200"
+                assert all(ended(one) for one in held[:8])
+                assert asked(held[8]) == b"HTTP/1.1 200"
+        finally:
+            for one in held:
+                one.close()
