@@ -246,8 +246,11 @@ def _numbers(values: Float[Tensor, " b"]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def decode_scores(answer: Any, count: int, name: str, id: str, scope: str) -> Scores:
+def decode_scores(answer: Any, count: int, name: str, id: str, scope: str, hide: Callable[[str], str]) -> Scores:
     """Scores out of an answer to a request with this id, whose samples were chosen for rewards of this scope.
+
+    Args:
+        hide: takes out of a quoted text what must not be shown.
 
     Raises: ValueError that says what is wrong with it.
     """
@@ -260,7 +263,7 @@ def decode_scores(answer: Any, count: int, name: str, id: str, scope: str) -> Sc
         raise ValueError(
             f"its reward scores a whole {served}: give scope: {served}, so that samples are not torn apart"
         )
-    total = _read(answer["rewards"], count, "rewards")
+    total = _read(answer["rewards"], count, "rewards", hide)
     valid = answer.get("valid", [True] * count)
     if not isinstance(valid, list) or len(valid) != count or not all(isinstance(one, bool) for one in valid):
         raise ValueError(f'"valid" must be {count} times true or false')
@@ -269,22 +272,23 @@ def decode_scores(answer: Any, count: int, name: str, id: str, scope: str) -> Sc
         raise ValueError(f'"parts" must be an object of at most {MAX_PARTS}')
     if not all(part.isprintable() and len(part) <= MAX_NAME for part in parts):
         raise ValueError(f'names in "parts" must be printable, of at most {MAX_NAME} characters')
-    read = {part: _read(values, count, f"values of the part {part!r}") for part, values in parts.items()}
+    told = {part: f"values of the part {hide(repr(part))}" for part in parts}
+    read = {part: _read(values, count, told[part], hide) for part, values in parts.items()}
     finite = torch.tensor(valid, dtype=torch.bool) & total.isfinite()
     return Scores(total, read | {name: total}, finite)
 
 
-def _read(values: Any, count: int, what: str) -> Float[Tensor, " n"]:
+def _read(values: Any, count: int, what: str, hide: Callable[[str], str]) -> Float[Tensor, " n"]:
     if not isinstance(values, list) or len(values) != count:
         got = len(values) if isinstance(values, list) else "no"
         raise ValueError(f"{got} {what} for {count} prompts")
-    return torch.tensor([_number(value, what) for value in values], dtype=torch.float32)
+    return torch.tensor([_number(value, what, hide) for value in values], dtype=torch.float32)
 
 
-def _number(value: Any, what: str) -> float:
+def _number(value: Any, what: str, hide: Callable[[str], str]) -> float:
     """A number that float32 holds, nan for null."""
     if value is None:
         return math.nan
     if type(value) not in (int, float) or not abs(value) <= 3.4e38:
-        raise ValueError(f"among the {what} is {value!r:.40}, which is no finite number; a failure is null")
+        raise ValueError(f"among the {what} is {hide(repr(value)):.40}, which is no finite number; a failure is null")
     return float(value)

@@ -18,7 +18,7 @@ from flowalign.records import Media, Prompts, Scores
 from rewards.base import Card, Reward
 from rewards.joined import join_scores
 from rewards.payload import Request, decode_scores, encode_request
-from rewards.wire import Address, address, ask, gather, read_secret, shown
+from rewards.wire import Address, address, ask, gather, hidden, read_secret, shown
 
 
 class RemoteReward(Reward):
@@ -102,14 +102,15 @@ class RemoteReward(Reward):
         finally:
             self._free.put(to)
         try:
-            return decode_scores(answer, len(index), self.name, name, self.card.scope)
+            return decode_scores(answer, len(index), self.name, name, self.card.scope, partial(hidden, to))
         except ValueError as error:
             raise ValueError(f"{to}: {error}") from error
 
     def _join(self, answers: Sequence[Scores]) -> Scores:
         named = {tuple(sorted(answer.parts)) for answer in answers}
         if len(named) > 1:
-            raise ValueError(f"{self.told}: parts differ from batch to batch: {', '.join(map(str, sorted(named)))}")
+            told = hidden(self.servers[0], ", ".join(map(str, sorted(named))))
+            raise ValueError(f"{self.told}: parts differ from batch to batch: {told}")
         return join_scores(answers)
 
     def _batches(self, prompts: Prompts) -> list[list[int]]:

@@ -225,9 +225,12 @@ def _refuse(to: Address, status: int, headers: http.client.HTTPMessage, raw: byt
 def shown(to: Address, raw: bytes | str, longest: int = 120) -> str:
     """A server's text for one line of ours, without the key."""
     text = raw.decode("ascii", "replace") if isinstance(raw, bytes) else raw
-    if to.key:
-        text = text.replace(to.key, "***")
-    return ascii(text[:longest])
+    return ascii(hidden(to, text)[:longest])
+
+
+def hidden(to: Address, text: str) -> str:
+    """A text without the key."""
+    return text.replace(to.key, "***") if to.key else text
 
 
 def gather(asks: Sequence[Callable[[threading.Event], T]], in_flight: int) -> list[T]:

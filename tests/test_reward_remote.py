@@ -146,6 +146,9 @@ FAULTS: list[tuple[str, Handle, type[Exception], str, bool]] = [
     ("404", answers(404, SECRET.encode()), ValueError, "refuses the request (404): '***'", False),
     ("another's", answers(200, {"rewards": [1, 2], "id": "x"}), ValueError, "to another request", False),
     ("parts", answers(200, {"rewards": [1, 2], "parts": {"a": [1]}}), ValueError, "1 values of the part 'a'", False),
+    ("token, part", answers(200, {"rewards": [1, 2], "parts": {SECRET: [1]}}), ValueError, "part '***' for", False),
+    ("token, score", answers(200, {"rewards": ["a" * 30 + SECRET, 1]}), ValueError, "aaa***', which", False),
+    ("token, list", answers(200, {"rewards": [[SECRET], 1]}), ValueError, "is ['***'], which", False),
 ]
 
 
@@ -261,12 +264,16 @@ def test_what_the_server_could_not_score_is_invalid() -> None:
     assert torch.equal(scores.parts["remote"].nan_to_num(), scores.total.nan_to_num())
 
 
-def test_parts_that_differ_between_batches() -> None:
-    def handle(handler: BaseHTTPRequestHandler, body: dict) -> None:
-        reply(handler, 200, {"rewards": [1.0], "parts": {body["prompt"][0][-1]: [1.0]}})
+def test_parts_that_differ_between_batches(tmp_path: Path) -> None:
+    """Named as the server names them, but for the token."""
+    (tmp_path / "token").write_text(SECRET)
 
-    with served(handle) as (url, _), pytest.raises(ValueError, match="parts differ from batch to batch"):
-        RemoteReward(url, batch_size=1)(*batch(2))
+    def handle(handler: BaseHTTPRequestHandler, body: dict) -> None:
+        reply(handler, 200, {"rewards": [1.0], "parts": {body["prompt"][0][-1] + SECRET: [1.0]}})
+
+    with served(handle) as (url, _), pytest.raises(ValueError, match="parts differ from batch to batch") as caught:
+        RemoteReward(url, str(tmp_path / "token"), batch_size=1)(*batch(2))
+    assert str(caught.value).endswith("('0***', 'remote'), ('1***', 'remote')")
 
 
 def test_the_first_failure_ends_all() -> None:
