@@ -37,10 +37,11 @@ cd {place} || exit 1
 {before}run={run}
 rm -f "$run/PREEMPTED"  # of an earlier stop; the run leaves a new one if a signal stops it
 
-# One process a task. They save and stop at SIGUSR1, which this script is sent {warning} seconds before its time is up.
+# One process a task, with the CPUs asked for above, which srun does not take from the job by itself since Slurm 22.05.
+# They save and stop at SIGUSR1, which this script is sent {warning} seconds before its time is up.
 warned=
 trap 'warned=yes; kill -USR1 "$step" 2> /dev/null' USR1
-srun --kill-on-bad-exit=1 {command} &
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" {command} &
 step=$!
 wait "$step"
 code=$?

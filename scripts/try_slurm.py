@@ -4,8 +4,9 @@
 
 Needs root, and starts its own slurmctld and slurmd, which it ends. The embedded model is trained twice by two
 processes: once undisturbed under srun, and once by the script that `flowalign slurm` writes, in jobs of three minutes,
-one of which has to make way for a job of higher priority. Both must leave the same policy, by SHA-256. Takes about
-twenty minutes: Slurm lets a job that was put back into the queue wait for two.
+one of which has to make way for a job of higher priority. Both must leave the same policy, by SHA-256. Before that a
+script's process must have the CPUs that were asked for. Takes about twenty minutes: Slurm lets a job that was put back
+into the queue wait for two.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from flowalign.slurm_command import Job, script
+
 CONFIG = """\
 ClusterName=flowalign
 SlurmctldHost={host}
@@ -38,7 +41,7 @@ SlurmdPidFile={place}/slurmd.pid
 SlurmctldLogFile={place}/slurmctld.log
 SlurmdLogFile={place}/slurmd.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -108,6 +111,16 @@ def state(job: str) -> str:
     return next((part.split("=")[1] for part in told.split() if part.startswith("JobState=")), "GONE")
 
 
+def cpus(place: Path) -> int:
+    """To which a script's process is bound that asks for two, where the cluster binds each to the cores it has."""
+    file = place / "cpus.sbatch"
+    job = Job("cpus", 1, 0, processes=1, cpus=2, time="2", partition=None, warning=30, extra=())
+    told = f'{sys.executable} -c "import os; print(len(os.sched_getaffinity(0)))"'
+    file.write_text(script(job, file, "none", told, ["export SLURM_CPU_BIND=cores"]))
+    asked(["sbatch", "--wait", "--output=cpus.out", file.name], place)
+    return int((place / "cpus.out").read_text())
+
+
 def disturbed(place: Path) -> int:
     """Run as a job, until it is done; returns how often it was stopped."""
     written = [
@@ -157,6 +170,8 @@ def main() -> None:
     place.mkdir(parents=True)
     train = [sys.executable, "-m", "flowalign", "train", *RUN, "--folder", "whole"]
     with slurm(place / "slurm"):
+        if (found := cpus(place)) != 2:
+            raise SystemExit(f"a process that asks for 2 CPUs has {found}")
         asked(["srun", "--ntasks=2", "--time=60", *train], place)
         print("the undisturbed run is done", flush=True)
         stops = disturbed(place)

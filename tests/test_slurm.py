@@ -95,14 +95,14 @@ def submitted(
         (here / "runs/x/PREEMPTED").touch()
     (here / "run.py").write_text(RUN)
     commands = {
-        "srun": f"exec {sys.executable} run.py {seconds} {code}",
+        "srun": f'echo "$@" > asked; exec {sys.executable} run.py {seconds} {code}',
         "squeue": f"echo {state}",
         "scontrol": 'echo "$@" > queued; exit 1',  # ends the wait for Slurm to end the job
     }
     for name, body in commands.items():
         (here / name).write_text(f"#!/bin/bash\n{body}\n")
         (here / name).chmod(0o755)
-    environ = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environ = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "6"}
     made = subprocess.Popen(["bash", "job.sbatch"], cwd=here, env=environ)
     for _ in range(1000):
         if (here / "begun").exists():
@@ -120,6 +120,13 @@ def test_a_warned_run_stops_and_is_queued_again(here):
     made.send_signal(signal.SIGUSR1)
     assert made.wait(10) == 0
     assert queued_again(here)
+
+
+def test_each_process_has_the_cpus_that_the_job_was_given(here):
+    """As the job has them, which options of sbatch may have changed since the script was written."""
+    made = submitted(here, 0.05, 0)
+    assert made.wait(10) == 0
+    assert "--cpus-per-task=6" in (here / "asked").read_text().split()
 
 
 def test_a_warning_amid_the_imports_queues_it_again_too(here):
