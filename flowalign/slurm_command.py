@@ -33,22 +33,30 @@ SCRIPT = """\
 # Written by flowalign slurm. Submit it where it lies: sbatch {file}
 {directives}
 
+# SIGUSR1 comes {warning} seconds before the time is up. It is handed on to the run; one that comes amid the lines below
+# is heeded after the command that it meets, and no run is started.
+warned=
+step=
+trap 'if [ -n "$step" ]; then warned=yes; kill -USR1 "$step" 2> /dev/null; else warned=early; fi' USR1
+
 cd {place} || exit 1
 {before}run={run}
 rm -f "$run/PREEMPTED"  # of an earlier stop; the run leaves a new one if a signal stops it
 
 # One process a task, with the CPUs asked for above, which srun does not take from the job by itself since Slurm 22.05.
-# They save and stop at SIGUSR1, which this script is sent {warning} seconds before its time is up.
-warned=
-trap 'warned=yes; kill -USR1 "$step" 2> /dev/null' USR1
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" {command} &
-step=$!
-wait "$step"
-code=$?
-while kill -0 "$step" 2> /dev/null; do  # a signal ends a wait
+# They save and stop at SIGUSR1.
+code=1
+if [ -z "$warned" ]; then
+    srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" {command} &
+    step=$!
+    [ "$warned" = early ] && kill -USR1 "$step" 2> /dev/null  # warned between these lines
     wait "$step"
     code=$?
-done
+    while kill -0 "$step" 2> /dev/null; do  # a signal ends a wait
+        wait "$step"
+        code=$?
+    done
+fi
 
 # Back into the queue where the run was stopped before it was done, or was still starting when its time was up; not
 # where it has failed, nor where somebody has cancelled the job.

@@ -86,10 +86,10 @@ sys.exit(int(sys.argv[2]))
 
 
 def submitted(
-    here: Path, seconds: float, code: int, state: str = "RUNNING", stopped_before: bool = False
+    here: Path, seconds: float, code: int, state: str = "RUNNING", stopped_before: bool = False, before: str = ":"
 ) -> subprocess.Popen[bytes]:
     """The script's job, with a stand-in for a training that ends by itself after some seconds."""
-    assert main([*ASKED, "--out", "job.sbatch", "--folder", "runs/x"]) == 0
+    assert main([*ASKED, "--out", "job.sbatch", "--folder", "runs/x", "--before", before]) == 0
     if stopped_before:
         (here / "runs/x").mkdir(parents=True)
         (here / "runs/x/PREEMPTED").touch()
@@ -133,6 +133,15 @@ def test_a_warning_amid_the_imports_queues_it_again_too(here):
     made = submitted(here, 20, 1)
     made.send_signal(signal.SIGUSR1)
     assert made.wait(10) == 1
+    assert queued_again(here)
+
+
+def test_a_warning_amid_the_lines_that_come_first_starts_no_run_and_queues_it_again(here):
+    made = submitted(here, 20, 0, before="touch begun; until [ -e warned ]; do sleep 0.05; done")
+    made.send_signal(signal.SIGUSR1)
+    (here / "warned").touch()
+    assert made.wait(10) == 1
+    assert not (here / "asked").exists()
     assert queued_again(here)
 
 
