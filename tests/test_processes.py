@@ -14,13 +14,14 @@ from torch import Tensor
 
 from flowalign import distributed
 from flowalign.distributed import share
+from flowalign.records import Scores
 from flowalign.schedules import AllSteps, FanOut
 from flowalign.transitions import FlowSDE
 from tests import processes
 from tests.interrupted import slow_but
 from tests.jobs import BY_GRADIENT, FORWARD, JOBS, REPLAYED, job, rows
 from trainers import Evaluation, Optimizer, Sampling
-from trainers.gathering import gather_files
+from trainers.gathering import gather_files, gather_scores
 
 GENTLE = Optimizer(
     3e-4,  # the default: AdamW moves what has no gradient but rounding by up to its learning rate
@@ -225,6 +226,32 @@ def films(rank: int) -> dict[int, bytes]:
 def test_files_of_any_size_reach_every_process(tmp_path):
     for found in processes.run(3, tmp_path, films):
         assert found == {0: b"\x00\xff", 1: b"", 4: b"four"}
+
+
+def scores_by_name(names: tuple[tuple[str, ...], ...], rank: int) -> Any:
+    """Two samples on each process but the third, whose parts are 10 times the place of their name's first letter."""
+    rows = torch.tensor([2.0 * rank, 2.0 * rank + 1])
+    parts = {name: 10.0 * "abc".index(name[0]) + rows for name in names[rank]}
+    mine = [] if rank == 2 else [Scores(rows, parts, rows > 0)]
+    try:
+        return gather_scores(mine, [2 * rank, 2 * rank + 1] if mine else [], 4)
+    except ValueError as error:
+        return str(error)
+
+
+def test_parts_of_scores_are_gathered_by_name(tmp_path):
+    for found in processes.run(3, tmp_path, functools.partial(scores_by_name, (("b", "a"), ("a", "b"), ()))):
+        assert found.total.tolist() == [0, 1, 2, 3]
+        assert found.valid.tolist() == [False, True, True, True]
+        parts = {name: values.tolist() for name, values in found.parts.items()}
+        assert parts == {"b": [10, 11, 12, 13], "a": [0, 1, 2, 3]}
+        assert [*parts] == ["b", "a"], "in the order of the first"
+
+
+@pytest.mark.parametrize("other", [("a", "c"), ("a",), ("a", "b", "c"), ()])
+def test_parts_of_other_names_end_every_process_with_both(other, tmp_path):
+    line = f"the reward's parts differ: on process 0 a, b, on process 1 {', '.join(other) or 'none'}"
+    assert processes.run(3, tmp_path, functools.partial(scores_by_name, (("b", "a"), other, ()))) == [line] * 3
 
 
 def failing(rank: int) -> str:

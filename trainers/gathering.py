@@ -15,20 +15,33 @@ from rewards.joined import join_scores
 
 
 def gather_scores(parts: Sequence[Scores], at: Sequence[int], total: int) -> Scores:
-    """The scores of all samples on every process.
+    """The scores of all samples on every process, their parts by name, in the order of the first process that has some.
 
     Args:
         parts: this process's, which are those of the samples `at` out of `total`.
+
+    Raises: ValueError on every process where they have parts of different names.
     """
     if world_size() == 1:
         return join_scores(parts)
     held = join_scores(parts) if parts else None
-    names = next(json.loads(text) for text in gather_text(json.dumps([*held.parts]) if held else "") if text)
+    names = _agreed(gather_text(json.dumps([*held.parts]) if held else ""))
     rows = torch.zeros(len(names) + 2, total)
     if held is not None:
-        rows[:, [*at]] = torch.stack([held.total, held.valid.float(), *held.parts.values()])
+        rows[:, [*at]] = torch.stack([held.total, held.valid.float(), *(held.parts[name] for name in names)])
     sum_over_data([rows])
     return Scores(rows[0], dict(zip(names, rows[2:], strict=True)), rows[1] > 0)
+
+
+def _agreed(told: Sequence[str]) -> list[str]:
+    """The names that all processes tell which have some. Raises: ValueError where these are not the same."""
+    named: dict[int, list[str]] = {rank: json.loads(text) for rank, text in enumerate(told) if text}
+    first = min(named)
+    for rank, names in named.items():
+        if {*names} != {*named[first]}:
+            one, other = (", ".join(sorted(given)) or "none" for given in (named[first], names))
+            raise ValueError(f"the reward's parts differ: on process {first} {one}, on process {rank} {other}")
+    return named[first]
 
 
 def gather_numbers(parts: Sequence[Tensor], at: Sequence[int], total: int) -> Tensor:
