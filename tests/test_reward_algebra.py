@@ -27,9 +27,11 @@ from rewards.algebra import (
 from rewards.base import Card, Minimum, Product, Reward, WeightedSum
 from rewards.shaping import PAR, LambdaHarmonic, LogSigmoid, TextNorm, UncertaintyWeighted, reference_scores
 
+GONE = 1e30  # of a picture that this reward has no score for, and others have: nan would be no picture at all
+
 
 class Channel(Reward):
-    """One number of each picture, as it is; invalid where it is not finite, if it is honest."""
+    """One number of each picture, as it is; invalid where it is not finite or `GONE`, if it is honest."""
 
     differentiable, card, honest = True, Card(), True
 
@@ -38,6 +40,7 @@ class Channel(Reward):
 
     def score(self, media: Media, prompts: Prompts) -> Scores:
         total = media.pixels[:, self.channel, 0, 0]
+        total = total.where(total != GONE, math.nan)
         return Scores(total, {self.name: total}, total.detach().isfinite() | (not self.honest))
 
 
@@ -280,7 +283,7 @@ def test_a_gate_has_a_gradient_whatever_its_condition_has() -> None:
 
 
 def test_behind_a_shut_gate_the_reward_is_not_needed() -> None:
-    scores = Gate(A, B, 0.5, floor=-1.0)(shown([[math.nan, 0.4, 0], [math.nan, 0.6, 0], [1.0, math.nan, 0]]), said(3))
+    scores = Gate(A, B, 0.5, floor=-1.0)(shown([[GONE, 0.4, 0], [GONE, 0.6, 0], [1.0, GONE, 0]]), said(3))
     assert scores.valid.tolist() == [True, False, False]
     assert scores.total[0] == -1
     assert scores.parts["gate/open"].isnan().tolist() == [False, False, True]
@@ -424,7 +427,7 @@ def test_running_normalisers_within_a_reward_are_updated_from_its_scores() -> No
     reward = Minimum([RunningNormalise(A), 2 * RunningNormalise(B, name="second")]) + GroupNormalise(C)
     found = running_normalisers(reward)
     assert found.keys() == {"a", "second"}
-    scores = reward(shown([[1.0, 10.0, 0], [3.0, math.nan, 0], [5.0, 30.0, 1.0]]), said(3, (0, 0, 0)))
+    scores = reward(shown([[1.0, 10.0, 0], [3.0, GONE, 0], [5.0, 30.0, 1.0]]), said(3, (0, 0, 0)))
     for normaliser in found.values():
         normaliser.update(scores)
     assert [(n.count, n.mean) for n in found.values()] == [(3, 3.0), (2, 20.0)]

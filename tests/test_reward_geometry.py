@@ -163,7 +163,9 @@ def test_what_is_not_found_has_no_score(reward: type[Translation | Resize | Posi
     scores = reward(FINDER)(*given)
     assert scores.valid.tolist() == [False, True, False, False]
     assert scores.total.isnan().tolist() == [True, False, True, True]
-    assert scores.parts[f"{reward.name}/found"].tolist() == [0, 1, 1, 0]
+    found = scores.parts[f"{reward.name}/found"]
+    assert found[:3].tolist() == [0, 1, 1]
+    assert found[3].isnan(), "nothing was looked for in it"
     punished = reward(FINDER, missing=-1.0)(*given)
     assert punished.valid.tolist() == [True, True, False, False]
     assert punished.total[0] == -1
