@@ -20,6 +20,7 @@ from torch import Tensor
 from flowalign.config.paths import OUTSIDE, names_code
 from flowalign.out_of_memory import ADVICE, CallSize
 from flowalign.records import Media, Prompts, Scores
+from rewards.card import SCOPES
 from rewards.card import Card as Card
 from rewards.joined import join_scores, spread
 from rewards.pixels import finite
@@ -46,8 +47,7 @@ class Reward(ABC):
     def __call__(self, media: Media, prompts: Prompts, *, grad: bool = False, chunk: int | None = None) -> Scores:
         """Scores in float32, with their graph to the pixels if `grad`; what is not finite is not valid.
 
-        Media with a pixel that is not finite have no valid score. Without `grad` they are not shown to the reward, for
-        which they might be black pictures, and are no opponents of their group's others.
+        Nor are media with a pixel that is not finite; without `grad` the reward does not see them, as black pictures.
 
         Args:
             chunk: the most media scored at once, for what scores each on its own.
@@ -126,7 +126,7 @@ class Reward(ABC):
 
 def joint_card(rewards: Sequence[Reward]) -> Card:
     """The card of a combination: it looks at what its terms look at, and at as many samples as the widest of them."""
-    widest = max((reward.card.scope for reward in rewards), key=("sample", "group", "set").index)
+    widest = max((reward.card.scope for reward in rewards), key=SCOPES.index)
     kinds = {reward.card.modality for reward in rewards} - {"any"}
     opens = any(reward.card.opens_files for reward in rewards)
     return Card(modality=kinds.pop() if len(kinds) == 1 else "any", scope=widest, opens_files=opens)

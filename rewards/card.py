@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+SCOPES = ("sample", "group", "set")  # from the narrowest on
+
 
 @dataclass(frozen=True)
 class Card:

@@ -25,6 +25,7 @@ from torch import Tensor
 from flowalign.media import FILES
 from flowalign.pictures import to_bytes
 from flowalign.records import Media, Prompts, Scores
+from rewards.card import SCOPES
 
 MAX_SAMPLES = 4096
 MAX_TEXT = 100_000  # characters of a prompt
@@ -33,7 +34,6 @@ MAX_PIXELS = 128_000_000  # of all pictures of a request: 1.5 GB in float32
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 TYPES = {"float32": "<f4", "float16": "<f2", "uint8": "|u1"}
 MAX_PARTS, MAX_NAME = 256, 120
-SCOPES = ("sample", "group", "set")  # of a reward's card, from the narrowest on
 
 
 class Malformed(ValueError):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from flowalign import checkpoint
 from flowalign.distributed import LostProcess
@@ -258,6 +259,18 @@ def test_a_writer_that_fails_without_a_word_is_heard(tmp_path):
 
 def no_memory(path: Path, tensors: Any) -> None:
     raise MemoryError
+
+
+def test_a_policy_that_cannot_be_written_is_no_file_that_cannot_be_read(tmp_path, monkeypatch):
+    """On a full disk safetensors raises an error of its own, which reading broken files raises too."""
+    trainer = job(tmp_path / "run", epochs=1)
+
+    def full(*words: Any, **told: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(trainer.model.pipeline, "save_lora_weights", full)
+    with pytest.raises(OSError, match=r"lora cannot be written: .*No space left on device"):
+        trainer.train(report=False)
 
 
 def best_of(folder: Path) -> Path:

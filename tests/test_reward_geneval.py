@@ -295,6 +295,21 @@ def test_colours_reach_the_score(reward: GenEval) -> None:
     assert max(expected) > 0.5
 
 
+def test_half_credit_is_the_reward_s_to_give(reward: GenEval, folders: tuple[str, str]) -> None:
+    strict, picture = GenEval(*folders, half_credit=False), torch.zeros(3, 8, 8)
+    objects, wanted = {"cat": [at(50, 0)], "dog": [at(0, 0)]}, spec(*LEFT)
+    assert reward._judge(picture, objects, wanted)[0] == 0.75
+    assert strict._judge(picture, objects, wanted)[0] == pytest.approx(2 / 3)
+
+
+def test_colours_are_looked_at_as_torchvision_crops(reward: GenEval) -> None:
+    """16 x 19 leaves a margin of 3, which starts at round(1.5) = 2 there, and at 1 in transformers."""
+    ramp = (torch.arange(19.0) / 255).expand(1, 3, 16, 19)
+    seen, plain = reward.clip.prepare(ramp), CLIPScore(reward.clip.model.name_or_path).prepare(ramp)
+    assert torch.equal(seen[..., :-1], plain[..., 1:])
+    assert not torch.equal(seen, plain)
+
+
 def test_a_picture_that_is_not_finite_has_no_score(reward: GenEval) -> None:
     pixels = torch.rand(2, 3, 48, 40)
     pixels[1, 0, 0, 0] = torch.nan

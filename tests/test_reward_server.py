@@ -105,6 +105,7 @@ def test_scores_are_the_rewards(exact: bool) -> None:
     assert status == 200
     assert (answer["id"], answer["valid"]) == ("me", [True] * 5)
     torch.testing.assert_close(torch.tensor(answer["rewards"]), expected.mean(1), rtol=0, atol=1e-6 if exact else 2e-3)
+    assert answer["scope"] == "sample"
     assert [*answer["parts"]] == ["brightness", "red"]
     torch.testing.assert_close(torch.tensor(answer["parts"]["red"]), expected.amax(1), rtol=0, atol=2e-3)
 
